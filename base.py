@@ -1,0 +1,204 @@
+"""What the two families share around their architecture: activations, inputs, outputs, the loss.
+
+Nothing here tells GPT-Neo from GPT-NeoX; what does is in neo.py and neox.py.
+
+    B batch · T new tokens · S tokens in view (cached + new) · C width · V vocabulary
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from attention import choose_backend
+
+
+# ------------------------------------------------------------------------------------------------
+# Activations: four names for two functions, kept apart because their roundings differ
+# ------------------------------------------------------------------------------------------------
+
+def gelu_new(x):
+    """The tanh form of GELU, in the order of transformers' NewGELUActivation, the power included."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def gelu_fast(x):
+    """The same function in the order of transformers' FastGELUActivation: GPT-NeoX-20B's."""
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def gelu_pytorch_tanh(x):
+    """The same function once more, fused by torch."""
+    return F.gelu(x, approximate="tanh")
+
+
+# The exact one is up to 4.7e-4 away from the other three: enough to be another model, too little to
+# see in the text.  So the name in config.json is obeyed, even though Pythia was trained with tanh
+# and its config says "gelu" (EleutherAI/gpt-neox, megatron/model/fused_bias_gelu.py).
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "gelu_fast": gelu_fast,
+               "gelu_pytorch_tanh": gelu_pytorch_tanh}
+
+
+# ------------------------------------------------------------------------------------------------
+# Outputs and the loss
+# ------------------------------------------------------------------------------------------------
+
+@dataclass
+class ModelOutput:
+    """What a forward pass returns; None is what was not asked for.
+
+    loss () float32 · logits (B, T, V) · last_hidden_state (B, T, C)
+    hidden_states: L + 1 tensors (B, T, C), the embeddings first, the last after the final norm
+    attentions: L tensors (B, H, T, S)
+    """
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+
+
+def next_token_loss(logits, labels):
+    """Mean cross entropy of token t+1 given the tokens up to t, in at least float32.
+
+    logits (B, T, V); labels (B, T), usually the input ids themselves, -100 where not to be scored
+    (transformers' ForCausalLMLoss).  With nothing to score the mean of nothing is NaN, as there.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels must have the shape of the logits' tokens {tuple(logits.shape[:2])}, "
+                         f"got {tuple(labels.shape)} (labels and logits_to_keep exclude each other)")
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]                     # (B, T) shifted left
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1).to(logits.device),
+                           ignore_index=-100)
+
+
+# ------------------------------------------------------------------------------------------------
+# Inputs, checked before any compute
+# ------------------------------------------------------------------------------------------------
+
+def check_inputs(input_ids, position_ids, vocab_size, past=0, max_positions=None):
+    """Raise ValueError, with the numbers, for ids or positions that the model has no row for.
+
+    max_positions: length of a learned position table (GPT-Neo), None for none (GPT-NeoX).
+    Values cannot be looked at while torch.compile or torch.export traces; shapes can.
+    """
+    if not torch.is_tensor(input_ids) or input_ids.is_floating_point() or input_ids.is_complex() \
+            or input_ids.dtype == torch.bool or input_ids.dim() != 2:
+        got = (f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+               if torch.is_tensor(input_ids) else type(input_ids).__name__)
+        raise ValueError(f"input_ids must be an integer tensor of shape (batch, tokens), got {got}")
+    B, T = input_ids.shape
+    if B == 0 or T == 0:
+        raise ValueError(f"input_ids is empty: shape {(B, T)}; give at least one token")
+    if max_positions is not None and past + T > max_positions:
+        raise ValueError(f"{past + T} tokens ({past} cached + {T} new) are more than the "
+                         f"{max_positions} positions that this model has learned")
+    if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
+        raise ValueError(f"position_ids must have shape {(B, T)}, got {tuple(position_ids.shape)}")
+    if torch.compiler.is_compiling() or input_ids.is_meta:
+        return
+    low, high = input_ids.min().item(), input_ids.max().item()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids range from {low} to {high}; this model's vocabulary has ids "
+                         f"0 to {vocab_size - 1}")
+    if position_ids is not None and max_positions is not None:
+        low, high = position_ids.min().item(), position_ids.max().item()
+        if low < 0 or high >= max_positions:
+            raise ValueError(f"position_ids range from {low} to {high}; this model has positions "
+                             f"0 to {max_positions - 1}")
+
+
+def key_mask_of(attention_mask, B, S):
+    """attention_mask (B, S) of ones and zeros -> bool, or None where nothing is masked."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (B, S):
+        raise ValueError(f"attention_mask must have shape (batch, cached + new tokens) = {(B, S)}, "
+                         f"got {tuple(attention_mask.shape)}")
+    mask = attention_mask.bool()
+    if not torch.compiler.is_compiling() and not mask.is_meta and mask.all():
+        return None
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------
+# Configs and models
+# ------------------------------------------------------------------------------------------------
+
+def check_fields(config):
+    """Raise ValueError, naming the field, where a config's value is not of its annotated type."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = [typing.get_origin(kind) or kind for kind in kinds]
+        if float in kinds:
+            kinds.append(int)                              # JSON writes 10000 for 10000.0
+        if type(value) not in kinds:                       # so that True is no int
+            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ValueError(f"config field {field.name!r} must be {names}, got {value!r}")
+        if field.name in config.SIZES and value < 1:
+            raise ValueError(f"config field {field.name!r} must be at least 1, got {value!r}")
+
+
+class PreTrainedModel(nn.Module):
+    """A module that knows its config, its backend, and how to come from and go to a folder."""
+
+    def __init__(self, config, attn_implementation="auto"):
+        super().__init__()
+        self.config = config
+        self.generation_config = {}                        # what generation_config.json said
+        self.attn_implementation = attn_implementation
+        choose_backend(attn_implementation)                # an unknown name fails here, not later
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None,
+                        device=None, attn_implementation="auto"):
+        """Load an official checkpoint from a folder or, if there is none of that name, the hub.
+
+        torch_dtype (or dtype, its newer name): a torch dtype or its name; None is float32 and
+        "auto" the checkpoint's own.  attn_implementation: see attention.choose_backend.
+        Returns the model in eval mode.  Raises OSError for files that are missing or cannot be
+        had, ValueError for files that are broken or belong to another model.
+        """
+        from load_weights import load_pretrained
+        return load_pretrained(cls, name_or_folder, revision=revision, torch_dtype=torch_dtype,
+                               dtype=dtype, device=device, attn_implementation=attn_implementation)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors under the official names, for transformers too."""
+        from load_weights import save_pretrained
+        save_pretrained(self, folder)
+
+    def set_attn_implementation(self, name):
+        """Change the attention backend of this model and of the model inside it."""
+        choose_backend(name)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.attn_implementation = name
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
+
+    def num_parameters(self):
+        """Number of distinct weights: a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def init_weights(self, part=None):
+        """Matrices N(0, initializer_range), biases 0, LayerNorms 1 and 0, as transformers does."""
+        for module in (part or self).modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)

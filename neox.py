@@ -1,0 +1,284 @@
+"""GPT-NeoX: EleutherAI's 20B of 2022, all of Pythia, and the models made like them.
+
+    B  batch                        C  width of the model (hidden_size)
+    T  new tokens                   H  heads
+    S  tokens in view, S >= T       D  width of a head, C / H
+    V  vocabulary                   R  rotated dims of a head, R <= D
+
+Read from top to bottom: config, attention, MLP, block, model, language model.  neo.py has the same
+parts in the same order under the same names; `diff neo.py neox.py` shows what changed in a year.
+
+What sets GPT-NeoX apart from GPT-Neo:
+  * positions are not embedded but rotated into the first R dims of each query and key;
+  * q, k and v come from one matrix, interleaved head by head;
+  * attention and MLP read the same x, in parallel, each through a LayerNorm of its own;
+  * every layer is global, scores are divided by sqrt(D), the output head is not the embedding.
+Sources: EleutherAI/gpt-neox (megatron/model) and transformers (modeling_gpt_neox.py, v5.23.0),
+whose results this file repeats to the bit when attention is the naive one.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+
+from attention import attention, choose_backend
+from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, check_fields, check_inputs, key_mask_of,
+                  next_token_loss)
+from generate import generate
+
+
+@dataclass(frozen=True)
+class GPTNeoXConfig:
+    """The architecture, under the names of the official config.json.  Defaults are transformers'."""
+
+    vocab_size: int = 50432
+    max_position_embeddings: int = 2048     # trained length; rotation itself knows no limit
+    hidden_size: int = 6144
+    num_hidden_layers: int = 44
+    num_attention_heads: int = 64
+    intermediate_size: int = 24576
+    hidden_act: str = "gelu"                # exact in Pythia's config, "gelu_fast" in the 20B's
+    rotary_pct: float = 0.25                # R / D
+    rotary_emb_base: float = 10000
+    use_parallel_residual: bool = True      # absent from old configs, so True must be the default
+    attention_bias: bool = True
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    classifier_dropout: float = 0.1
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 0
+    eos_token_id: int | list | None = 2     # "!" to the 20B tokenizer, whose end of text is 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    model_type = "gpt_neox"                 # no annotation, so not a field
+    SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers",
+             "num_attention_heads", "intermediate_size")
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
+                             f"'num_attention_heads' ({self.num_attention_heads})")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"config field 'hidden_act' is {self.hidden_act!r}; "
+                             f"supported: {', '.join(ACTIVATIONS)}")
+        if not 0 < self.rotary_pct <= 1 or self.rotary_ndims % 2 or self.rotary_ndims == 0:
+            raise ValueError(f"config field 'rotary_pct' ({self.rotary_pct}) makes {self.rotary_ndims} "
+                             f"of {self.head_dim} dims rotate; supported: an even number from 2")
+        if not self.rotary_emb_base > 0:
+            raise ValueError(f"config field 'rotary_emb_base' is {self.rotary_emb_base}; "
+                             "supported: a number above 0")
+
+    @property
+    def windows(self):
+        """For each layer how far back it sees: here every layer sees all."""
+        return [None] * self.num_hidden_layers
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_ndims(self):
+        """R.  Cut off, not rounded: transformers takes int(D * rotary_pct)."""
+        return int(self.head_dim * self.rotary_pct)
+
+    @classmethod
+    def from_dict(cls, raw):
+        """From the contents of a config.json, old or new; what it says beyond the fields is ignored.
+
+        transformers 5 keeps what was rotary_pct and rotary_emb_base in a dict `rope_parameters`,
+        4.57 wrote them under newer names as well; the 5 spelling wins where both are there.
+        """
+        raw = dict(raw)
+        rope = raw.get("rope_parameters") or {}
+        for part in (rope, raw.get("rope_scaling") or {}):
+            kind = part.get("rope_type", part.get("type", "default"))
+            if kind != "default":
+                raise ValueError(f"config field 'rope_type' is {kind!r}; supported: default")
+        for name, alias, newer in (("rotary_pct", "partial_rotary_factor", "partial_rotary_factor"),
+                                   ("rotary_emb_base", "rope_theta", "rope_theta")):
+            value = rope.get(newer, raw.get(name, raw.get(alias)))
+            if value is not None:
+                raw[name] = value
+        return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
+
+    def to_dict(self):
+        """The contents of a config.json that transformers reads, 4 and 5."""
+        return {**asdict(self), "model_type": self.model_type}
+
+
+def rotary_tables(position_ids, R, base, dtype):
+    """Cosine and sine of every angle position * base^(-2i/R).  -> two tensors (B, 1, T, R/2)
+
+    Angles are float32 whatever the model is: bfloat16 cannot tell position 2047 from 2048
+    (EleutherAI/gpt-neox issue 1003).  Only the finished tables are rounded to the model's dtype.
+    """
+    inv_freq = 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float32) / R)       # (R/2,)
+    angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)    # (B, T, R/2)
+    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+
+def rotate(x, cos, sin):
+    """Turn the first R dims of every head by its position; the other D - R pass through.
+
+    x (B, H, T, D).  Pair i is dims (i, i + R/2): halves, not neighbours as in GPT-J.
+    """
+    half = cos.size(-1)                                                            # R/2
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)         # (B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotated positions; every layer is global."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config.hidden_size
+        self.layer, self.window = layer, config.windows[layer]
+        self.D = config.head_dim
+        self.attention_dropout = config.attention_dropout
+        self.qkv_proj = nn.Linear(C, 3 * C, bias=config.attention_bias)
+        self.out_proj = nn.Linear(C, C, bias=config.attention_bias)
+
+    def forward(self, x, *, cos, sin, key_mask=None, cache=None, backend="naive",
+                return_weights=False):
+        B, T, C = x.shape
+        # The surprise of this file: rows of the matrix are [q k v] of head 0, [q k v] of head 1, ...
+        # so the heads are cut apart first.  Splitting it in thirds fits every shape and is another
+        # model (megatron/model/transformer.py; 33 % of the predictions survive it).
+        qkv = self.qkv_proj(x).view(B, T, -1, 3 * self.D).transpose(1, 2)   # (B, H, T, 3D)
+        q, k, v = qkv.chunk(3, dim=-1)                                      # each (B, H, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v, key_mask = cache.append(self.layer, k, v, key_mask)       # (B, H, S, D)
+        out = attention(q, k, v, scale=self.D ** -0.5, window=self.window, backend=backend,
+                        key_mask=key_mask, dropout=self.attention_dropout if self.training else 0.0,
+                        return_weights=return_weights)
+        y, weights = out if return_weights else (out, None)                 # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)                              # heads side by side
+        return self.out_proj(y), weights
+
+
+class MLP(nn.Module):
+    """Each token by itself: up to the inner width, through the activation, down again."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.up_proj(x)))                    # (B, T, C)
+
+
+class Block(nn.Module):
+    """x ─┬─ ln_1 ─ attn ─┐
+          ├─ ln_2 ─ mlp ──┼─ + ─→   in parallel (or, in RedPajama and open-calm, as in GPT-Neo)
+          └───────────────┘
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.parallel = config.use_parallel_residual
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x, **how):
+        a, weights = self.attn(self.ln_1(x), **how)
+        a = self.dropout(a)
+        if self.parallel:
+            return self.dropout(self.mlp(self.ln_2(x))) + a + x, weights    # in this order: rounding
+        x = a + x
+        return self.dropout(self.mlp(self.ln_2(x))) + x, weights
+
+
+class GPTNeoXModel(PreTrainedModel):
+    """Token ids to hidden states."""
+
+    config_class = GPTNeoXConfig
+
+    def __init__(self, config, attn_implementation="auto"):
+        super().__init__(config, attn_implementation)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.init_weights()
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None,
+                output_hidden_states=False, output_attentions=False):
+        """input_ids (B, T) integer -> ModelOutput with last_hidden_state (B, T, C).
+
+        attention_mask (B, S): 1 for real tokens, 0 for padding, the cached ones included.
+        position_ids (B, T) or (1, T): by default counted on from the cache, whatever the mask says
+        (as in transformers' forward; generate passes positions that skip left padding).
+        cache: a KVCache, which this call extends by T tokens.
+        Raises ValueError for ids, positions, masks or lengths outside the model's range.
+        """
+        past = 0 if cache is None else cache.length
+        check_inputs(input_ids, position_ids, self.config.vocab_size, past)
+        B, T = input_ids.shape
+        if cache is not None:
+            cache.check(B, T)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]
+        x = self.dropout(self.embed(input_ids))                                     # (B, T, C)
+        cos, sin = rotary_tables(position_ids, self.config.rotary_ndims,
+                                 self.config.rotary_emb_base, x.dtype)
+        how = {"key_mask": key_mask_of(attention_mask, B, past + T), "cache": cache,
+               "backend": choose_backend(self.attn_implementation, output_attentions),
+               "return_weights": output_attentions, "cos": cos, "sin": sin}
+
+        hidden_states, attentions = [], []
+        for block in self.blocks:
+            hidden_states.append(x)
+            x, weights = block(x, **how)
+            attentions.append(weights)
+        if cache is not None:
+            cache.advance(T)
+        x = self.ln_f(x)
+        return ModelOutput(last_hidden_state=x,
+                           hidden_states=(*hidden_states, x) if output_hidden_states else None,
+                           attentions=tuple(attentions) if output_attentions else None)
+
+
+class GPTNeoXForCausalLM(PreTrainedModel):
+    """Hidden states to next-token logits, by a matrix of their own."""
+
+    config_class = GPTNeoXConfig
+    generate = generate
+
+    def __init__(self, config, attn_implementation="auto"):
+        super().__init__(config, attn_implementation)
+        self.transformer = GPTNeoXModel(config, attn_implementation)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights(self.lm_head)
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.embed.weight
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, cache=None,
+                logits_to_keep=0, output_hidden_states=False, output_attentions=False):
+        """input_ids (B, T) integer -> ModelOutput with logits (B, T, V), and loss if labels are given.
+
+        labels (B, T): token ids, -100 where not to be scored; the shift by one happens inside.
+        logits_to_keep: n > 0 computes the logits of the last n tokens only.
+        The rest is GPTNeoXModel.forward's.
+        """
+        out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,
+                               output_attentions)
+        out.logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])       # 0 keeps all
+        out.last_hidden_state = None
+        if labels is not None:
+            out.loss = next_token_loss(out.logits, labels)
+        return out
