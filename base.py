@@ -82,12 +82,12 @@ def next_token_loss(logits, labels):
 # Inputs, checked before any compute
 # ------------------------------------------------------------------------------------------------
 
-def check_inputs(input_ids, position_ids, vocab_size, past=0, max_positions=None):
+def check_inputs(input_ids, position_ids, config, past=0):
     """Raise ValueError, with the numbers, for ids or positions that the model has no row for.
 
-    max_positions: length of a learned position table (GPT-Neo), None for none (GPT-NeoX).
     Values cannot be looked at while torch.compile or torch.export traces; shapes can.
     """
+    vocab_size, limit = config.vocab_size, config.position_limit
     if not torch.is_tensor(input_ids) or input_ids.is_floating_point() or input_ids.is_complex() \
             or input_ids.dtype == torch.bool or input_ids.dim() != 2:
         got = (f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
@@ -96,9 +96,9 @@ def check_inputs(input_ids, position_ids, vocab_size, past=0, max_positions=None
     B, T = input_ids.shape
     if B == 0 or T == 0:
         raise ValueError(f"input_ids is empty: shape {(B, T)}; give at least one token")
-    if max_positions is not None and past + T > max_positions:
+    if limit is not None and past + T > limit:
         raise ValueError(f"{past + T} tokens ({past} cached + {T} new) are more than the "
-                         f"{max_positions} positions that this model has learned")
+                         f"{limit} positions that this model has learned")
     if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
         raise ValueError(f"position_ids must have shape {(B, T)}, got {tuple(position_ids.shape)}")
     if torch.compiler.is_compiling() or input_ids.is_meta:
@@ -107,11 +107,11 @@ def check_inputs(input_ids, position_ids, vocab_size, past=0, max_positions=None
     if low < 0 or high >= vocab_size:
         raise ValueError(f"input_ids range from {low} to {high}; this model's vocabulary has ids "
                          f"0 to {vocab_size - 1}")
-    if position_ids is not None and max_positions is not None:
+    if position_ids is not None and limit is not None:
         low, high = position_ids.min().item(), position_ids.max().item()
-        if low < 0 or high >= max_positions:
+        if low < 0 or high >= limit:
             raise ValueError(f"position_ids range from {low} to {high}; this model has positions "
-                             f"0 to {max_positions - 1}")
+                             f"0 to {limit - 1}")
 
 
 def key_mask_of(attention_mask, B, S):

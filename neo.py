@@ -89,6 +89,11 @@ class GPTNeoConfig:
         return [self.window_size if kind == "local" else None for kind in self.attention_layers]
 
     @property
+    def position_limit(self):
+        """Most tokens that one text can have: positions are rows of a table."""
+        return self.max_position_embeddings
+
+    @property
     def num_hidden_layers(self):
         return self.num_layers
 
@@ -209,8 +214,7 @@ class GPTNeoModel(PreTrainedModel):
         Raises ValueError for ids, positions, masks or lengths outside the model's range.
         """
         past = 0 if cache is None else cache.length
-        check_inputs(input_ids, position_ids, self.config.vocab_size, past,
-                     self.config.max_position_embeddings)
+        check_inputs(input_ids, position_ids, self.config, past)
         B, T = input_ids.shape
         if cache is not None:
             cache.check(B, T)

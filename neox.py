@@ -78,6 +78,11 @@ class GPTNeoXConfig:
         return [None] * self.num_hidden_layers
 
     @property
+    def position_limit(self):
+        """Most tokens that one text can have: rotation has none."""
+        return None
+
+    @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
 
@@ -224,7 +229,7 @@ class GPTNeoXModel(PreTrainedModel):
         Raises ValueError for ids, positions, masks or lengths outside the model's range.
         """
         past = 0 if cache is None else cache.length
-        check_inputs(input_ids, position_ids, self.config.vocab_size, past)
+        check_inputs(input_ids, position_ids, self.config, past)
         B, T = input_ids.shape
         if cache is not None:
             cache.check(B, T)
