@@ -11,15 +11,19 @@ takes the place of its parameter (`assign=True`).  safetensors are mapped from d
 weight costs memory when it is first used.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import re
+import shutil
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 # '#' stands for the layer number, '*' for weight or bias.  None: known, and ignored on purpose.
@@ -65,33 +69,33 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
 # Names
 # ------------------------------------------------------------------------------------------------
 
+def translate(name, rules):
+    """One name through one table: what '#' and '*' stood for is put into the other side.
+
+    Returns None for a name to ignore; raises KeyError where no rule fits.
+    """
+    layer = re.search(r"\.(\d+)\.", name)
+    pattern = name.replace(layer[0], ".#.", 1) if layer else name
+    stem, _, tail = pattern.rpartition(".")
+    if pattern not in rules and tail in ("weight", "bias"):
+        pattern = f"{stem}.*"
+    other = rules[pattern]
+    return other and other.replace("#", layer[1] if layer else "#").replace("*", tail)
+
+
 def our_name(name, table):
     """One checkpoint name -> ours, or None to ignore it.  Raises KeyError where no rule fits."""
-    base = next(iter(table)).split(".")[0] + "."           # "transformer." or "gpt_neox."
-    for full in (name, base + name):                       # base models are saved without the prefix
-        layer = re.search(r"\.(\d+)\.", full)
-        exact = re.sub(r"\.\d+\.", ".#.", full, count=1)
-        stem, _, tail = exact.rpartition(".")
-        for pattern in (exact, stem + ".*" if tail in ("weight", "bias") else exact):
-            if pattern in table:
-                ours = table[pattern]
-                return ours and ours.replace("#", layer[1] if layer else "").replace("*", tail)
+    base = next(iter(table)).split(".")[0]                 # "transformer" or "gpt_neox"
+    for full in (name, f"{base}.{name}"):                  # base models are saved without the prefix
+        with contextlib.suppress(KeyError):
+            return translate(full, table)
     raise KeyError(name)
 
 
 def official_names(state, table):
     """{our name: tensor} -> {checkpoint name: tensor}, by the same table read backwards."""
-    back = {}
-    for theirs, ours in table.items():
-        back.setdefault(ours, theirs)                      # the first spelling is the one on disk
-    named = {}
-    for name, tensor in state.items():
-        layer = re.search(r"\.(\d+)\.", name)
-        exact = re.sub(r"\.\d+\.", ".#.", name, count=1)
-        stem, _, tail = exact.rpartition(".")
-        theirs = back[exact] if exact in back else back[stem + ".*"]
-        named[theirs.replace("#", layer[1] if layer else "").replace("*", tail)] = tensor
-    return named
+    back = {ours: theirs for theirs, ours in reversed(table.items())}    # the first spelling wins
+    return {translate(name, back): tensor for name, tensor in state.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -104,34 +108,49 @@ def fetch(name_or_folder, filename, revision=None, required=True):
     Returns None where the file is not there and not required.  Raises FileNotFoundError or
     ConnectionError with one line that says what was looked for, where, and what to do.
     """
-    folder = Path(name_or_folder)
+    folder, name = Path(name_or_folder), str(name_or_folder)
     if folder.is_dir():
+        if revision not in (None, "main"):
+            raise ValueError(f"revision {revision!r} means something on the hub, but {folder} is a "
+                             "folder here: leave one of them out")
         if (folder / filename).is_file():
             return folder / filename
         if required:
             raise FileNotFoundError(f"no {filename} in {folder}: is it the folder of a checkpoint?")
         return None
-    name = str(name_or_folder)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
-        raise FileNotFoundError(f"no folder {name}, and it cannot be a hub id like EleutherAI/pythia-70m")
+    if folder.exists():
+        raise NotADirectoryError(f"{folder} is a file: give the folder of a checkpoint")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise FileNotFoundError(f"no folder {name}, and no hub id, which looks like EleutherAI/pythia-70m")
     return fetch_from_hub(name, filename, revision, required)
 
 
 def fetch_from_hub(repo, filename, revision, required):
-    """The same for a hub id; downloads show their progress and are kept in the hub's own cache."""
-    from huggingface_hub import hf_hub_download            # here, since it is slow to import
-    from huggingface_hub import errors
+    """The same for a hub id; downloads show their progress and are kept in the hub's own cache.
+
+    config.json is read before the others, and asking for it notes which commit a branch is at now.
+    What the cache knows of that commit (this file, or that there is none) is not asked again: one
+    model comes from one commit, and without a network nothing waits for an answer twice.
+    """
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache    # slow to import
 
     where = f"{repo} (revision {revision})" if revision else repo
     try:
+        known = filename != "config.json" and try_to_load_from_cache(repo, filename, revision=revision)
+        if isinstance(known, str):
+            return Path(known)
+        if known and not required:                         # the cache's mark for "not in this commit"
+            return None
         return Path(hf_hub_download(repo, filename, revision=revision))
     except errors.GatedRepoError:
         problem = f"{where} is gated on the hub: accept its terms there, then set HF_TOKEN"
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         problem = f"no folder {repo} here and no model {repo} on the hub: check the spelling"
     except errors.RevisionNotFoundError:
         problem = f"{repo} has no revision {revision!r} on the hub (Pythia's are step0 ... step143000)"
     except errors.LocalEntryNotFoundError as error:        # before EntryNotFoundError, its parent
+        if not required:
+            return None
         raise ConnectionError(f"no folder {repo} here, {filename} is not in the hub's cache, and the "
                               f"hub cannot be reached: give a local folder, or try again with a "
                               f"network ({type(error.__cause__ or error).__name__})") from None
@@ -139,9 +158,10 @@ def fetch_from_hub(repo, filename, revision, required):
         if not required:
             return None
         problem = f"{where} has no {filename} on the hub: it is not a checkpoint of this kind"
-    except (OSError, errors.HfHubHTTPError) as error:
-        raise ConnectionError(f"downloading {filename} of {where} failed; run the same command again "
-                              f"to go on ({error_line(error)})") from None
+    except Exception as error:                             # each HTTP library has its own
+        raise ConnectionError(f"downloading {filename} of {where} failed ({type(error).__name__}: "
+                              f"{error_line(error)}); run the same command again, files that are whole "
+                              "are kept") from None
     raise FileNotFoundError(problem)
 
 
@@ -154,7 +174,7 @@ def read_json(path):
     """The object in a JSON file; ValueError that names the file where there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
@@ -165,8 +185,9 @@ def read_config(name_or_folder, revision=None):
     """config.json as a dict, of a family that is known here."""
     path = fetch(name_or_folder, "config.json", revision)
     raw = read_json(path)
-    if raw.get("model_type") not in NAMES:
-        raise ValueError(f"{path}: config field 'model_type' is {raw.get('model_type')!r}; "
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in NAMES:
+        raise ValueError(f"{path}: config field 'model_type' is {family!r}; "
                          f"supported: {', '.join(NAMES)}")
     return raw
 
@@ -175,50 +196,58 @@ def weight_files(name_or_folder, revision=None):
     """Paths of all files that hold weights: safetensors before .bin, one file before shards."""
     for filename in WEIGHT_FILES:
         path = fetch(name_or_folder, filename, revision, required=False)
-        if path is None:
-            continue
-        if not filename.endswith(".index.json"):
+        if path is not None and filename.endswith(".index.json"):
+            return shards(path, name_or_folder, revision)
+        if path is not None:
             return [path]
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise ValueError(f"{path} has no 'weight_map' of tensor names to file names")
-        shards = sorted(set(weight_map.values()))
-        if outside := [s for s in shards if Path(s).name != s or s in ("", ".", "..")]:
-            raise ValueError(f"{path} names a shard outside its folder: {outside[0]!r}")
-        try:
-            return [fetch(name_or_folder, shard, revision) for shard in shards]
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} names a shard that is missing: {error}") from None
-    raise FileNotFoundError(f"no weights in {name_or_folder}: looked for {', '.join(WEIGHT_FILES)}")
+    where = "" if Path(name_or_folder).is_dir() else " on the hub (or in its cache, if it is out of reach)"
+    raise FileNotFoundError(f"no weights in {name_or_folder}{where}: "
+                            f"looked for {', '.join(WEIGHT_FILES)}")
+
+
+def shards(index, name_or_folder, revision):
+    """Paths of the files that an index names, all of them beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(f"{index} has no 'weight_map' of tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".."):
+            raise ValueError(f"{index} names a shard outside its folder: {name!r}")
+    try:
+        return [fetch(name_or_folder, name, revision) for name in names]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{index} names a shard that is missing: {error}") from None
 
 
 def read_tensors(path):
     """Yield (name, tensor) of one weight file, mapped from disk rather than read where possible."""
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error_line(error)}): "
-                             "get it again") from None
+    if Path(path).suffix != ".safetensors":
+        yield from read_bin(path).items()
         return
     try:
-        state = load_bin(path)
-    except pickle.UnpicklingError:                         # weights_only: data yes, code no
-        raise ValueError(f"{path} was refused: a pickle with something other than tensors in it could "
-                         "run code when loaded") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole .bin file ({error_line(error)}): get it again") from None
-    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error_line(error)}): "
+                         "get it again") from None
+
+
+def read_bin(path):
+    """The dict of tensors in a file of torch.save, without running code that is in it."""
+    try:                                                   # before torch 1.6 no zip, so not to be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} was refused: it holds something other than tensors, which could run "
+                         "code when loaded, or it is damaged") from None
+    except Exception as error:                             # a broken pickle can raise anything
+        raise ValueError(f"{path} is not a whole .bin file ({error_line(error)}): "
+                         "get it again") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(t)
+                                              for k, t in state.items()):
         raise ValueError(f"{path} must hold a dict of tensors")
-    yield from state.items()
-
-
-def load_bin(path):
-    """torch.load without code; files from before torch 1.6 are no zip and cannot be mapped."""
-    import zipfile
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return state
 
 
 # ------------------------------------------------------------------------------------------------
@@ -233,29 +262,43 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     if raw["model_type"] != family:
         raise ValueError(f"{name_or_folder} is a {raw['model_type']} checkpoint, {cls.__name__} loads "
                          f"{family}: use AutoModelForCausalLM to have the class chosen")
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other: give one")
     try:
         config = cls.config_class.from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{name_or_folder}: {error}") from None
-    dtype = parse_dtype(torch_dtype if dtype is None else dtype, raw)
-    with torch.device("meta"):
+    dtype = choose_dtype(torch_dtype, dtype, raw)
+    path = fetch(name_or_folder, "generation_config.json", revision, required=False)
+    generation_config = {} if path is None else read_json(path)
+    with torch.device("meta"), NoInit():
         model = cls(config, attn_implementation)
 
     state = read_state(name_or_folder, revision, model, NAMES[family], dtype, device)
     model.load_state_dict(state, strict=True, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    path = fetch(name_or_folder, "generation_config.json", revision, required=False)
-    model.generation_config = {} if path is None else read_json(path)
+    model.generation_config = generation_config
     return model.eval()
 
 
+class NoInit(TorchFunctionMode):
+    """Leave out torch.nn.init: what it would draw is replaced, and normal_ on meta imports 150 MB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def choose_dtype(torch_dtype, dtype, raw):
+    """The dtype that either name of it asks for; None is "auto" where the config is silent."""
+    asked = {parse_dtype(given, raw) for given in (torch_dtype, dtype) if given is not None}
+    if len(asked) > 1:
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other: give one")
+    return asked.pop() if asked else torch.float32
+
+
 def parse_dtype(dtype, raw):
-    """None -> float32; "auto" -> the config's, or None where it is silent; a name -> the dtype."""
-    if dtype is None:
-        return torch.float32
+    """A dtype or its name -> the dtype; "auto" -> the config's, or None where it is silent."""
     if dtype == "auto":
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is None:
@@ -269,40 +312,52 @@ def parse_dtype(dtype, raw):
 def read_state(name_or_folder, revision, model, table, dtype, device):
     """{our name: tensor} for exactly the model's parameters, each converted as it is read.
 
-    Raises one ValueError that lists every missing, unknown and wrongly shaped tensor.
+    dtype None takes that of the first weight.  Raises one ValueError that lists every missing,
+    unexpected and unfit tensor.
     """
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    inside = "" if any(name.startswith("transformer.") for name in wanted) else "transformer."
-    tied = model.config.tie_word_embeddings and "lm_head.weight" in wanted
-    state, problems = {}, []
+    inside = "" if hasattr(model, "transformer") else "transformer."       # a base model by itself
+    state, seen, problems = {}, set(), []
     for path in weight_files(name_or_folder, revision):
         for name, tensor in tqdm(read_tensors(path), desc=f"loading {path.name}", unit=" tensors",
                                  leave=False, disable=None):
             try:
                 ours = our_name(name, table)
             except KeyError:
-                problems.append(f"unexpected tensor {name} {tuple(tensor.shape)}")
-                continue
-            if ours is None or (inside and ours == "lm_head.weight"):
-                continue
+                ours = ""                                  # no name of ours: unexpected
+            if ours is None or ours == "lm_head.weight" and ours not in wanted:
+                continue                                   # a base model needs no head
             ours = ours.removeprefix(inside)
-            if ours in state:
-                problems.append(f"tensor {name} stands there twice, under two names or in two files")
-            elif ours not in wanted:
-                problems.append(f"unexpected tensor {name} {tuple(tensor.shape)}")
-            elif tuple(tensor.shape) != wanted[ours]:
-                problems.append(f"tensor {name} has shape {tuple(tensor.shape)}, expected {wanted[ours]}")
+            if problem := misfit(name, tensor, ours, wanted, seen):
+                problems.append(problem)
             else:
-                state[ours] = tensor.to(device=device, dtype=dtype or tensor.dtype)
-    if tied:
+                dtype = dtype or tensor.dtype
+                state[ours] = tensor.to(device=device, dtype=dtype)
+            seen.add(ours)
+    if "lm_head.weight" in wanted and model.config.tie_word_embeddings:
         problems += tie(state)
+        seen.add("lm_head.weight")
     official = official_names({inside + name: name for name in wanted}, table)
     problems += [f"missing tensor {name} {wanted[ours]}" for name, ours in official.items()
-                 if ours not in state and "has shape" not in " ".join(p for p in problems if name in p)]
+                 if ours not in seen]
     if problems:
         raise ValueError(f"the weights in {name_or_folder} do not fit its config.json:\n  "
                          + "\n  ".join(problems))
     return state
+
+
+def misfit(name, tensor, ours, wanted, seen):
+    """What keeps one tensor of a file from being one of the model's, or None."""
+    shape = tuple(tensor.shape)
+    if ours not in wanted:
+        return f"unexpected tensor {name} {shape}"
+    if ours in seen:
+        return f"tensor {name} stands there twice, under two names or in two files"
+    if shape != wanted[ours]:
+        return f"tensor {name} has shape {shape}, expected {wanted[ours]}"
+    if not tensor.is_floating_point():                     # quantized elsewhere, or a damaged header
+        return f"tensor {name} holds {tensor.dtype}, expected floating point"
+    return None
 
 
 def tie(state):
@@ -311,10 +366,10 @@ def tie(state):
     if embed is None:
         return []
     state["lm_head.weight"] = embed
-    if head is None or head.data_ptr() == embed.data_ptr() or torch.equal(head, embed):
+    if head is None or torch.equal(head, embed):
         return []
-    return ["tensor lm_head.weight differs from the embedding, but config field "
-            "'tie_word_embeddings' is true"]
+    return ["the tensor of the head differs from the embedding, but config field 'tie_word_embeddings' "
+            "is true"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -329,29 +384,39 @@ def save_pretrained(model, folder):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prefix = "" if hasattr(model, "transformer") else "transformer."
-    state = {prefix + name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)                  # safetensors stores no tensor twice
-    named = official_names(state, NAMES[model.config.model_type])
-    if prefix:                                             # base models carry no prefix on disk
-        named = {name.split(".", 1)[1]: tensor for name, tensor in named.items()}
     config = {"architectures": [type(model).__name__], **model.config.to_dict(),
               "torch_dtype": str(model.dtype).removeprefix("torch.")}
     generation = model.generation_config or {
         k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
 
+    # config.json comes last: a new folder is a checkpoint when all of it is there.
     temporary = {name: folder / f"{name}.{os.getpid()}.part"
                  for name in ("model.safetensors", "generation_config.json", "config.json")}
     try:
-        save_file(named, temporary["model.safetensors"], metadata={"format": "pt"})
+        save_file(official_state(model), temporary["model.safetensors"], metadata={"format": "pt"})
         for name, content in (("config.json", config), ("generation_config.json", generation)):
             temporary[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(temporary["config.json"], temporary["model.safetensors"])    # else its owner's only
         for name, path in temporary.items():
             os.replace(path, folder / name)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def official_state(model):
+    """{checkpoint name: tensor} as transformers writes it: no tied head, no prefix on a base model."""
+    table = NAMES[model.config.model_type]
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if not hasattr(model, "transformer"):
+        named = official_names({f"transformer.{name}": tensor for name, tensor in state.items()}, table)
+        return {name.split(".", 1)[1]: tensor for name, tensor in named.items()}
+    if "lm_head.weight" in state and model.config.tie_word_embeddings:
+        if tie(state):
+            raise ValueError("lm_head.weight is no longer the embedding, but config field "
+                             "'tie_word_embeddings' is true: the files could not hold both")
+        del state["lm_head.weight"]                        # safetensors stores no tensor twice
+    return official_names(state, table)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,624 @@
+"""Is it the same model?  A report, layer by layer, against transformers or against anyone's port.
+
+    python compare.py EleutherAI/pythia-70m                              ours against transformers
+    python compare.py checkpoints/demo-neo --gradients --plot layers.png
+    python compare.py checkpoints/demo-neo --theirs mine.safetensors     a port against ours
+
+The same ids go through both models at several lengths, and what comes out of every layer is compared.
+The first row that differs is where to look.  The first position that differs in it says for what:
+position 0 has nothing to attend to, and before position `window` a local layer is a global one.
+
+Our naive attention agrees with transformers' eager attention to the last bit.  Another order of
+operations (another backend, another port) cannot, and is judged by |difference| / |reference|, norms
+over the whole tensor.  --tolerance X, or by default
+    float32             1e-5    a right model is near 2e-7, the mildest mistake known at 1.7e-5
+    float16, bfloat16   8 eps   7.8e-3 and 6.2e-2.  Right models (sdpa, or float64, against naive) were
+                                1 to 6 eps apart, 4 to 24 layers deep.  A wrong GELU is less than
+                                that: half precision proves little, so check a port in float32 first.
+    gradients           the same, but 1e-6 in float32 with naive attention
+
+To check a port, in any language: let it read these ids, save what it computes, compare.
+
+    python compare.py MODEL --ids > ids.json              # as long as the local layers need
+
+    ids = torch.tensor(json.load(open("ids.json")))                                # (1, T)
+    logits, hidden = my_model(ids)                        # (1, T, V) and L + 1 times (1, T, C)
+    tensors = {"input_ids": ids, "logits": logits}
+    tensors |= {f"hidden_states.{i}": x for i, x in enumerate(hidden)}             # optional
+    safetensors.torch.save_file(tensors, "mine.safetensors")
+
+`hidden` is transformers' tuple: the embeddings, what each block but the last returns, and what the
+final norm returns.  One stacked tensor "hidden_states" will do as well, and a batch of 1 may be left
+out.  Without input_ids the file is taken to answer the ids of `--seed`.
+
+    B  batch · T  tokens · C  width · V  vocabulary · L  layers
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from attention import choose_backend
+from base import PreTrainedModel
+from load_weights import (NAMES, AutoModelForCausalLM, official_names, our_name, read_config,
+                          read_tensors)
+from neo import GPTNeoConfig
+from neox import GPTNeoXConfig
+
+CONFIGS = {"gpt_neo": GPTNeoConfig, "gpt_neox": GPTNeoXConfig}
+
+
+# ------------------------------------------------------------------------------------------------
+# What goes in
+# ------------------------------------------------------------------------------------------------
+
+def make_ids(seed, B, T, vocab_size):
+    """Arbitrary ids (B, T), by a linear congruential generator that any language can repeat.
+
+    x <- (1664525 x + 1013904223) mod 2^32, starting from the seed; each x gives floor(x V / 2^32).
+    They fill column after column, so that a shorter text is the beginning of a longer one.
+    """
+    x, ids = seed, []
+    for _ in range(B * T):
+        x = (1664525 * x + 1013904223) % 2**32
+        ids.append(x * vocab_size >> 32)
+    return torch.tensor(ids, dtype=torch.long).view(T, B).T
+
+
+def config_of(args):
+    """The checkpoint's config, without its weights."""
+    raw = read_config(args.model, args.revision)
+    return CONFIGS[raw["model_type"]].from_dict(raw)
+
+
+def window_of(config):
+    """The window of the local layers, or None if all are global."""
+    return next((w for w in config.windows if w is not None), None)
+
+
+def default_lengths(config):
+    """One token; below, at, above and twice above the window; as far as there are positions."""
+    W = window_of(config)
+    lengths = [1, 5, 64, 300]
+    if W is not None:
+        lengths = [1, min(5, W), W, W + 1, 2 * W + max(1, W // 32)]        # the last no multiple of W
+    return sorted({min(T, config.max_position_embeddings) for T in lengths})
+
+
+# ------------------------------------------------------------------------------------------------
+# What comes out
+# ------------------------------------------------------------------------------------------------
+
+def row_names(config):
+    """One name for each tensor of `trace`."""
+    everywhere = "" if window_of(config) is None else " (global)"          # not worth saying in NeoX
+    kinds = [everywhere if w is None else f" (local, window {w})" for w in config.windows]
+    blocks = [f"block {i}{kind}" for i, kind in enumerate(kinds)]
+    return ["embeddings", *blocks, "final norm", "logits"]
+
+
+def parts(model):
+    """(blocks, final norm) of a model of ours or of transformers'."""
+    if hasattr(model, "gpt_neox"):
+        return model.gpt_neox.layers, model.gpt_neox.final_layer_norm
+    inner = model.transformer
+    return inner.blocks if hasattr(inner, "blocks") else inner.h, inner.ln_f
+
+
+@torch.no_grad()
+def trace(model, ids):
+    """What flows through a model: [into block 0, out of each block, out of the norm, logits].
+
+    Hooks, since output_hidden_states leaves out what the last block returns before the final norm.
+    """
+    seen = []
+
+    def enters(module, args):
+        seen.append(args[0])
+
+    def leaves(module, args, out):
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    blocks, norm = parts(model)
+    hooks = [blocks[0].register_forward_pre_hook(enters),
+             *(module.register_forward_hook(leaves) for module in [*blocks, norm])]
+    logits = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return [*seen, logits]
+
+
+def gradients(model, ids, table):
+    """{official name: gradient of the next-token loss on these ids}, after the loss itself."""
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    if not isinstance(model, PreTrainedModel):             # transformers' names, as they are in memory
+        grads = {our_name(name, table): grad for name, grad in grads.items()}
+    return {"loss": loss.detach(), **official_names(grads, table)}
+
+
+def run(model, inputs, args, table):
+    """Everything wanted of one model: a trace for each of the inputs, gradients for the longest."""
+    traces = [trace(model, ids) for ids in inputs]
+    return traces, gradients(model, inputs[-1], table) if args.gradients else {}
+
+
+def load_ours(args):
+    """The model of this project."""
+    return AutoModelForCausalLM.from_pretrained(
+        args.model, revision=args.revision, torch_dtype=args.dtype,
+        attn_implementation=args.backend)
+
+
+def load_transformers(args, dtype):
+    """The reference, with eager attention and the dtype that ours has; and what to call it."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("the reference is not installed: pip install transformers "
+                         "(or compare with what a port saved: --theirs FILE)") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, revision=args.revision, dtype=dtype, attn_implementation="eager")
+    model.config.use_cache = False        # its cache copies k and v: other strides, other roundings
+    return model.eval(), f"transformers {transformers.__version__} eager"
+
+
+# ------------------------------------------------------------------------------------------------
+# Files of another port
+# ------------------------------------------------------------------------------------------------
+
+def read_port(path, layers):
+    """{name: tensor} of a port's file: logits, and maybe input_ids and all of the hidden states."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        raise ValueError(f"--theirs needs a .safetensors file, and {path} is none")
+    tensors = dict(read_tensors(Path(path)))
+    hidden = [f"hidden_states.{i}" for i in range(layers + 1)]
+    stack = tensors.pop("hidden_states", None)
+    if stack is not None:
+        if stack.dim() < 3 or len(stack) != len(hidden):
+            raise ValueError(f"{path}: hidden_states has shape {tuple(stack.shape)}, expected "
+                             f"{len(hidden)}: embeddings, each block but the last, final norm")
+        tensors |= zip(hidden, stack)
+    if unknown := sorted(tensors.keys() - {"input_ids", "logits", *hidden}):
+        raise ValueError(f"{path} holds {', '.join(unknown[:5])}; known are input_ids, logits, and "
+                         f"hidden_states or hidden_states.0 to hidden_states.{layers}")
+    wanted = ["logits"] + (hidden if tensors.keys() & set(hidden) else [])
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return tensors
+
+
+def read_theirs(path, config):
+    """A port's file -> its ids (B, T) or None, and a trace with None for what it did not save.
+
+    Raises ValueError, in one line, for a file that cannot be compared.
+    """
+    tensors = {name: x if x.dim() == (2 if name == "input_ids" else 3) else x[None]
+               for name, x in read_port(path, config.num_hidden_layers).items()}
+    B, T = (*tensors["logits"].shape, 0)[:2]
+    widths = {"input_ids": (), "logits": (config.vocab_size,)}
+    for name, x in sorted(tensors.items(), key=lambda item: item[0] != "logits"):  # they say B and T
+        shape = (B, T, *widths.get(name, (config.hidden_size,)))
+        kind = "integer" if name == "input_ids" else "floating"
+        if x.shape != shape or x.is_floating_point() != (kind == "floating"):
+            raise ValueError(f"{path}: {name} is {x.dtype} of shape {tuple(x.shape)}, expected {kind} "
+                             f"of shape {shape}, where a batch of 1 may be left out")
+    ids = tensors["input_ids"].long() if "input_ids" in tensors else None
+    hidden = [tensors.get(f"hidden_states.{i}") for i in range(config.num_hidden_layers + 1)]
+    return ids, [*hidden[:-1], None, hidden[-1], tensors["logits"]]        # None: the last block
+
+
+def save_ours(path, ids, traced):
+    """Our results as a port's file."""
+    *hidden, last_block, norm, logits = traced
+    tensors = {f"hidden_states.{i}": x for i, x in enumerate([*hidden, norm])}
+    save_file({"input_ids": ids.contiguous(), "logits": logits, **tensors}, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# The comparison
+# ------------------------------------------------------------------------------------------------
+
+def default_tolerance(dtype, float32=1e-5):
+    """The top of the file says where the numbers come from."""
+    eps = torch.finfo(dtype).eps
+    return 8 * eps if eps > 1e-4 else float32
+
+
+def tolerances(args, dtype):
+    """How far apart (rows, gradients) may be; None asks for the same bits."""
+    if args.tolerance is not None:
+        return args.tolerance, args.tolerance
+    if choose_backend(args.backend) == "naive" and not args.theirs:
+        return None, default_tolerance(dtype, 1e-6)
+    return default_tolerance(dtype), default_tolerance(dtype)
+
+
+def measure(x, reference, tolerance):
+    """How far x is from the reference; tolerance None asks for the same bits."""
+    bit_equal = x.dtype == reference.dtype and torch.equal(x, reference)
+    gap, size = x.double() - reference.double(), reference.double().norm().item()
+    if bit_equal or not gap.any():                         # equal infinities would make NaN below
+        relative = largest = 0.0
+    else:
+        largest = gap.abs().max().item()
+        relative = gap.norm().item() / size if size else math.inf
+    return {"max_abs": largest, "relative": relative, "bit_equal": bit_equal,
+            "same": bit_equal if tolerance is None else relative <= tolerance}
+
+
+def first_position(x, reference, tolerance):
+    """The first position at which x (B, T, ...) is too far off in any row of the batch."""
+    gap = (x.double() - reference.double()).norm(dim=-1)                   # (B, T)
+    bad = ~(gap <= (tolerance or 0.0) * reference.double().norm(dim=-1))   # NaN is bad
+    return bad.any(0).int().argmax().item()
+
+
+def compare_traces(names, inputs, xs, references, tolerance):
+    """A row for each name that was saved, with a result for each of the inputs."""
+    rows = []
+    for i, name in enumerate(names):
+        results = []
+        for ids, x, reference in zip(inputs, xs, references):
+            if x[i] is not None:
+                found = measure(x[i], reference[i], tolerance)
+                first = None if found["same"] else first_position(x[i], reference[i], tolerance)
+                results.append({"length": ids.size(1), **found, "first_position": first})
+        if results:
+            rows.append({"row": name, "same": all(r["same"] for r in results), "results": results})
+    return rows
+
+
+def compare_gradients(xs, references, tolerance):
+    """The loss and each parameter's gradient, worst first; all gradients as one long vector."""
+    rows = [{"row": name, **measure(xs[name], references[name], tolerance)} for name in references]
+    rows.sort(key=lambda row: finite(row["relative"]), reverse=True)
+    names = references.keys() - {"loss"}
+    gap = sum((xs[name].double() - references[name].double()).square().sum().item() for name in names)
+    size = sum(references[name].double().square().sum().item() for name in names)
+    return {"tolerance": tolerance, "same": all(row["same"] for row in rows),
+            "total": math.sqrt(gap / size) if size else math.inf, "rows": rows}
+
+
+def finite(x):
+    """NaN counts as infinitely far off."""
+    return math.inf if math.isnan(x) else x
+
+
+def inputs_of(args, config):
+    """-> ids (B, T) by rising length; the seed they are from or None; what --theirs saved or None."""
+    if args.theirs:
+        ids, saved = read_theirs(args.theirs, config)
+        if ids is not None:
+            return [ids], None, saved
+        return [make_ids(args.seed, *saved[-1].shape[:2], config.vocab_size)], args.seed, saved
+    return [make_ids(args.seed, args.batch, T, config.vocab_size)
+            for T in args.lengths or default_lengths(config)], args.seed, None
+
+
+def report(args):
+    """The whole comparison, as a dict that JSON can hold."""
+    config = config_of(args)
+    inputs, seed, saved = inputs_of(args, config)
+    table = NAMES[config.model_type]
+    model = load_ours(args)
+    dtype = model.dtype
+    ours, our_grads = run(model, inputs, args, table)
+    del model                                              # one model in memory at a time
+    if saved:
+        xs, references, reference = [saved], ours, f"{Path(args.theirs).name}, ours as reference"
+    else:
+        model, reference = load_transformers(args, dtype)
+        xs, (references, grads) = ours, run(model, inputs, args, table)
+
+    tolerance, grads_tolerance = tolerances(args, dtype)
+    found = {"model": args.model, "revision": args.revision, "layers": config.num_hidden_layers,
+             "window": window_of(config), "dtype": str(dtype).removeprefix("torch."),
+             "backend": choose_backend(args.backend), "reference": reference,
+             "torch": torch.__version__, "tolerance": tolerance, "seed": seed,
+             "lengths": [ids.size(1) for ids in inputs], "input_ids": [ids.tolist() for ids in inputs],
+             "rows": compare_traces(row_names(config), inputs, xs, references, tolerance),
+             "next_token_agreement": [(x[-1].argmax(-1) == y[-1].argmax(-1)).double().mean().item()
+                                      for x, y in zip(xs, references)],
+             "rows_saved_by_port": bool(saved), "gradients": None}
+    if args.gradients:
+        found["gradients"] = compare_gradients(our_grads, grads, grads_tolerance)
+    return found | verdict(found, config)
+
+
+# ------------------------------------------------------------------------------------------------
+# Where to look
+# ------------------------------------------------------------------------------------------------
+
+HINTS = {
+    "finite": "numbers that are not finite: an overflow (float16 ends at 65504), or -inf as the mask of "
+              "a row that may read nothing",
+    "rounding": "rounding: the same function in another order of operations",
+    "small": "too little for a wrong matrix: tanh or exact GELU (config.json names it), LayerNorm's eps",
+    "precision": "too little for a wrong rule, and position 0 is right: rotary angles, scores or "
+                 "softmax in half precision",
+    "window": "the window: query i reads keys j with 0 <= i - j < window: itself and window - 1 before",
+    "order": "the order of the layers: this one is global, and seems to have a window",
+    "weights": "the weights of this layer: one before it, computed alike, is right",
+    "final norm": "the final norm: weight, bias, eps",
+    "last block": "the final norm: weight, bias, eps; or the last block, which has no row here",
+    "logits": "the head: tied to the embedding or not, no bias",
+    "no rows": "save hidden_states as well, to see where it begins",
+    "gradient": "forward is right, backward is not: the labels' shift by one, the mean, a detach",
+    "gpt_neo": {
+        "embeddings": "token + position embedding, positions from 0, no factor",
+        "scores": "the scores, since position 0 is right: GPT-Neo has no 1/sqrt(D); the causal "
+                  "mask; q and k",
+        "block": "wrong at position 0 too, so not the scores: LayerNorms, v and out_proj (transposed?), "
+                 "biases, GELU; x + attn(ln_1(x)), then x + mlp(ln_2(x))"},
+    "gpt_neox": {
+        "embeddings": "the token embedding alone: no positions, no factor",
+        "scores": "the scores, since position 0 is right: rotary on the first rotary_pct of each "
+                  "head, in halves and not neighbours; 1/sqrt(D); the causal mask",
+        "block": "wrong at position 0 too, so not the rotation: QKV is cut by head first, then in q, k, "
+                 "v; two LayerNorms, one for each branch; parallel residual; GELU"}}
+
+
+def hint(row, position, config, theirs, rounding):
+    """Key of HINTS for the first row that differs, from how much it does, and from where on."""
+    size = max(finite(r["relative"]) for r in row["results"])
+    if math.isinf(size):
+        return "finite"
+    if size <= rounding:
+        return "rounding"
+    if not row["row"].startswith("block"):
+        return "last block" if theirs and row["row"] == "final norm" else row["row"]
+    layer, W = int(row["row"].split()[1]), window_of(config)
+    own = config.windows[layer]
+    if own and position >= max(1, own - 1):                # own - 1: a window that is one too small
+        return "window"
+    if W and not own and position >= W:
+        return "order"
+    if size < 1e-3:
+        return "precision" if position else "small"
+    if own in config.windows[:layer] or (layer and position == 0):
+        return "weights"
+    return "scores" if position else "block"
+
+
+def verdict(found, config):
+    """What the numbers say: the same or not, how many rows are, and where to look."""
+    rows, grads = found["rows"], found["gradients"]
+    bad = [row for row in rows if not row["same"]]
+    out = {"rows_same": len(rows) - len(bad), "first_difference": None, "first_position": None,
+           "at_lengths": [], "hint": None, "same": not bad and (grads is None or grads["same"])}
+    if bad:
+        results = [r for r in bad[0]["results"] if not r["same"]]
+        position = min(r["first_position"] for r in results)
+        rounding = default_tolerance(getattr(torch, found["dtype"]), 1e-6)
+        key = hint(bad[0], position, config, found["rows_saved_by_port"], rounding)
+        key = "no rows" if len(rows) == 1 else key
+        out.update(first_difference=bad[0]["row"], first_position=position,
+                   hint=HINTS[config.model_type].get(key) or HINTS[key],
+                   at_lengths=[r["length"] for r in results])
+    elif not out["same"]:
+        out.update(first_difference=f"gradient of {grads['rows'][0]['row']}", hint=HINTS["gradient"],
+                   at_lengths=[max(found["lengths"])])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# What is shown
+# ------------------------------------------------------------------------------------------------
+
+def listed(numbers):
+    return ", ".join(map(str, numbers))
+
+
+def setting(found):
+    return f"{found['dtype']}, {found['backend']} against {found['reference']}"
+
+
+def cell(result):
+    """"=" for the same bits, else the relative difference, marked where it is too much."""
+    if result["bit_equal"]:
+        return "=  "
+    return f"{result['relative']:.1e}" + ("  " if result["same"] else " !")
+
+
+def print_table(found, out):
+    """A line for each row, a column for each length, and the verdict."""
+    window = f", window {found['window']}" if found["window"] else ""
+    origin = "of the file" if found["seed"] is None else f"of seed {found['seed']}"
+    few = " ".join(map(str, found["input_ids"][-1][0][:8]))
+    print(f"{found['model']}: {found['layers']} layers{window}; {setting(found)}", file=out)
+    print(f"ids {origin}: {few} ...\n", file=out)
+
+    width = max(len(name) for name in ["next token agrees", *(row["row"] for row in found["rows"])])
+    heads = [f"T = {T}" for T in found["lengths"]] + ["max |Δ|"]
+    print(" " * width + "".join(f"{head:>11}" for head in heads), file=out)
+    for row in found["rows"]:
+        cells = "".join(f"{cell(r):>11}" for r in row["results"])
+        worst = max((r["max_abs"] for r in row["results"]), key=finite)
+        arrow = "   <-- look here first" if row["row"] == found["first_difference"] else ""
+        print(f"{row['row']:{width}}{cells}{worst:>11.2g}{arrow}", file=out)
+    shares = "".join(f"{f'{100 * x:.4g} %':>11}" for x in found["next_token_agreement"])
+    print(f"{'next token agrees':{width}}{shares}\n", file=out)
+
+    limit = "" if found["tolerance"] is None else f" and above {found['tolerance']:.1e}"
+    print(f"= same bits, otherwise |difference| / |reference|; ! different{limit}", file=out)
+    if found["gradients"]:
+        print_gradients(found["gradients"], max(found["lengths"]), out)
+    if found["window"] and max(found["lengths"]) <= found["window"]:
+        print(f"note: no length is above the window of {found['window']}: this proves nothing about "
+              "local attention", file=out)
+    print(summary(found), file=out)
+
+
+def print_gradients(grads, T, out):
+    """All of them in one line, and the worst five, or all but those that are exact."""
+    good, exact = (sum(row[key] for row in grads["rows"]) for key in ("same", "bit_equal"))
+    print(f"loss and gradients at T = {T}: {good} of {len(grads['rows'])} within "
+          f"{grads['tolerance']:.1e}, {exact} bit-identical; all together {grads['total']:.1e}",
+          file=out)
+    for row in grads["rows"][:5]:
+        if not row["bit_equal"]:
+            print(f"    {cell(row)}  {row['row']}", file=out)
+
+
+def summary(found):
+    """The verdict in one line, or three where there is somewhere to look."""
+    how = "bit-identical" if found["tolerance"] is None else f"within {found['tolerance']:.1e}"
+    line = (f"{found['rows_same']} of {len(found['rows'])} rows {how} at lengths "
+            f"{listed(found['lengths'])} ({setting(found)})")
+    if found["same"]:
+        return "equal: " + line
+    since = "" if found["first_position"] is None else f" from position {found['first_position']} on,"
+    return (f"DIFFERENT: {line}\nfirst difference: {found['first_difference']},{since} at lengths "
+            f"{listed(found['at_lengths'])}\nlook at: {found['hint']}")
+
+
+def markdown(found):
+    """| checkpoint | dtype | lengths | rows bit-equal | max |Δ| of the logits | relative |"""
+    logits = found["rows"][-1]["results"]
+    equal = sum(all(r["bit_equal"] for r in row["results"]) for row in found["rows"])
+    largest, relative = (max((r[key] for r in logits), key=finite) for key in ("max_abs", "relative"))
+    return (f"| {Path(found['model']).name} | {found['dtype']} | {listed(found['lengths'])} | "
+            f"{equal} of {len(found['rows'])} | {largest:.2g} | {relative:.2g} |")
+
+
+def plot(found, path):
+    """Relative difference by layer, a line for each length, exact zeros on a floor of their own."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [row["row"].replace(f", window {found['window']}", "") for row in found["rows"]]
+    values = [[r["relative"] for r in row["results"]] for row in found["rows"]]
+    positive = [x for row in values for x in row if x > 0 and math.isfinite(x)]
+    low = math.floor(math.log10(min([1e-8, *positive]))) - 1               # exponent of the floor
+    high = math.ceil(math.log10(max([1e-4, *positive, found["tolerance"] or 0]))) + 1
+    figure, axes = plt.subplots(figsize=(max(7, 3 + 0.35 * len(names)), 4.8), layout="constrained")
+    colours = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]   # Okabe and Ito
+    for i, T in enumerate(found["lengths"]):               # hollow, ever smaller: none hides another
+        axes.plot(names, [max(row[i], 10.0 ** low) for row in values], label=f"T = {T}",
+                  color=colours[i % 6], marker="osD^v"[i % 5], fillstyle="none",
+                  markersize=max(4, 14 - 2.5 * i))
+    if found["tolerance"]:
+        axes.axhline(found["tolerance"], color="grey", linestyle="--", label="tolerance")
+    axes.set_yscale("log")
+    axes.set_ylim(10.0 ** (low - 0.5), 10.0 ** high)
+    axes.set_yticks([10.0 ** e for e in range(low, high + 1)],
+                    ["exactly 0", *(f"$10^{{{e}}}$" for e in range(low + 1, high + 1))])
+    axes.grid(axis="y", alpha=0.3)
+    axes.minorticks_off()
+    axes.tick_params(axis="x", rotation=90)
+    axes.set_ylabel("|difference| / |reference|")
+    axes.set_xlabel("what comes out of")
+    axes.set_title(f"{Path(found['model']).name}, {setting(found)}", size="medium")
+    figure.legend(loc="outside right upper", title="tokens")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------
+
+def lengths(text):
+    """"9,5,5" -> [5, 9]; argparse makes a ValueError a message."""
+    found = sorted({int(part) for part in text.split(",")})
+    if found[0] < 1:
+        raise ValueError
+    return found
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Compare every layer of a checkpoint with transformers' eager attention, or with "
+                    "what a port saved. Exit status: 0 the same, 1 different, 2 bad input.")
+    add = parser.add_argument
+    add("model", help="folder or hub id")
+    add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+    add("--dtype", default="float32", metavar="NAME",
+        help="float32 (default), bfloat16, float16, auto (the checkpoint's)")
+    add("--backend", default="naive", metavar="NAME", help="our attention: naive (default), sdpa, auto")
+    add("--lengths", type=lengths, metavar="N,N,...",
+        help="in tokens (default: 1, and below, at, above and twice above the window)")
+    add("--batch", type=int, default=1, metavar="B", help="texts at once (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="of the input ids (default 0)")
+    add("--tolerance", type=float, metavar="X", help="judge by relative difference, not by bits")
+    add("--gradients", action="store_true", help="also the loss and its gradients at the longest length")
+    add("--theirs", metavar="FILE", help="judge a port's .safetensors file by ours; no transformers")
+    add("--ids", action="store_true", help="only print ids of the longest length as JSON")
+    add("--save-ours", metavar="FILE", help="only save ours at the longest length, as --theirs reads it")
+    add("--json", metavar="FILE", help="the report as JSON; - is standard output")
+    add("--plot", metavar="FILE.png", help="relative difference by layer")
+    add("--markdown", action="store_true", help="a row of a Markdown table on standard output")
+    args = parser.parse_args(argv)
+    problem = unusable(args)
+    if problem:
+        parser.error(problem)
+    return args
+
+
+def unusable(args):
+    """What is wrong with the arguments taken together, found before any work is done."""
+    if args.theirs and (args.gradients or args.lengths or args.batch != 1 or args.backend != "naive"):
+        return "--theirs has its lengths and batch from the file, no gradients, and is judged by naive"
+    if args.gradients and args.lengths and args.lengths[-1] < 2:
+        return "--gradients needs a length of 2 at least: one token has no next"
+    if args.batch < 1:
+        return "--batch must be at least 1"
+    for path in (args.json, args.plot, args.save_ours):
+        if path and not Path(path).absolute().parent.is_dir():
+            return f"no folder {Path(path).parent} to write {Path(path).name} into"
+
+
+def write_inputs_or_ours(args):
+    """--ids and --save-ours: one length, and nothing is compared."""
+    config = config_of(args)
+    T = (args.lengths or default_lengths(config))[-1]
+    ids = make_ids(args.seed, args.batch, T, config.vocab_size)
+    if args.ids:
+        print(json.dumps(ids.tolist()))
+    if args.save_ours:
+        save_ours(args.save_ours, ids, trace(load_ours(args), ids))
+
+
+def write_report(args, found):
+    """Table, JSON, plot, Markdown; what a program will read has standard output for itself."""
+    print_table(found, sys.stderr if args.json == "-" or args.markdown else sys.stdout)
+    if args.json:
+        valid = json.loads(json.dumps(found), parse_constant=str)          # JSON has no NaN
+        text = json.dumps(valid) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(args.json).write_text(text, encoding="utf-8")
+    if args.plot:
+        plot(found, args.plot)
+    if args.markdown:
+        print(markdown(found))
+
+
+def main(argv=None):
+    """Exit status: 0 the same, 1 different, 2 with one line on what is wrong."""
+    args = arguments(argv)
+    try:
+        if args.ids or args.save_ours:
+            write_inputs_or_ours(args)
+            return 0
+        found = report(args)
+        write_report(args, found)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if found["same"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A small Hugging Face hub on 127.0.0.1: the routes that huggingface_hub's downloads use.
+
+    with Hub() as hub:
+        hub.add("someone/tiny", folder)                    # branch main
+        hub.add("someone/tiny", other, revision="step1")
+        subprocess.run(..., env=os.environ | {"HF_ENDPOINT": hub.url})
+
+HEAD and GET of /{repo}/resolve/{revision}/{file}, where a revision is a branch or the commit that a
+branch is at; ETag, X-Repo-Commit, Content-Length, Range; the hub's X-Error-Code on 404.
+"""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+class Hub:
+    """`requests` lists (method, file, status) in order; `drop` makes connections break off."""
+
+    def __init__(self):
+        self.branches, self.commits = {}, {}               # (repo, branch) -> commit; (repo, commit) -> files
+        self.requests, self.drops = [], {}
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        """From here on connections are refused."""
+        self.server.shutdown()
+        self.server.server_close()
+
+    def add(self, repo, folder, revision="main"):
+        """A new commit on a branch, with the files of a folder."""
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        commit = hashlib.sha1(b"".join(name.encode() + files[name] for name in files)).hexdigest()
+        self.branches[repo, revision], self.commits[repo, commit] = commit, files
+        return commit
+
+    def drop(self, file, times):
+        """Close the connection in the middle of the next `times` downloads of a file."""
+        self.drops[file] = times
+
+    def find(self, repo, revision, file):
+        """(commit, content), either None, and the hub's word for what is missing."""
+        if not any(repo == known for known, _ in self.branches):
+            return None, None, "RepoNotFound"
+        commit = self.branches.get((repo, revision), revision)
+        if (repo, commit) not in self.commits:
+            return None, None, "RevisionNotFound"
+        content = self.commits[repo, commit].get(file)
+        return commit, content, "EntryNotFound" if content is None else None
+
+    def fetched(self):
+        """Names of the files that were downloaded, in order."""
+        return [file for method, file, status in self.requests if method == "GET" and status < 300]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer(send_body=False)
+
+    def do_GET(self):
+        self.answer(send_body=True)
+
+    def log_message(self, *_):
+        """Quiet."""
+
+    def answer(self, send_body):
+        repo, _, rest = unquote(urlsplit(self.path).path).strip("/").partition("/resolve/")
+        revision, _, file = rest.partition("/")
+        commit, content, error = self.hub.find(repo, revision, file)
+        begin = self.range_start()
+        status = (401 if error == "RepoNotFound" else 404) if error else 206 if begin else 200
+        self.hub.requests.append((self.command, file, status))             # the hub says 401 for no such repo
+        body = b"" if error else content[begin:]
+        self.send_response(status)
+        if error:
+            self.send_header("X-Error-Code", error)
+            self.send_header("X-Error-Message", f"{error}: {repo} {revision} {file}")
+        else:
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+            self.send_header("Accept-Ranges", "bytes")
+            if begin:
+                self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        if commit:
+            self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if send_body:
+            self.send(file, body)
+
+    def range_start(self):
+        """First byte asked for: 0, or what "Range: bytes=100-" says."""
+        wanted = self.headers.get("Range", "bytes=0-")
+        return int(wanted.removeprefix("bytes=").partition("-")[0])
+
+    def send(self, file, body):
+        if self.hub.drops.get(file, 0) > 0:
+            self.hub.drops[file] -= 1
+            self.wfile.write(body[:len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True                   # fewer bytes than Content-Length promised
+        else:
+            self.wfile.write(body)

@@ -1,0 +1,343 @@
+"""train.py: it learns, it measures right, it survives being killed, and its files are official."""
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import train
+from conftest import ROOT
+from load_weights import AutoModelForCausalLM, AutoTokenizer
+
+SHAPE = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--window", "8", "--context", "32",
+         "--vocab-size", "320"]
+RECIPE = ["--steps", "60", "--batch-size", "8", "--lr", "1e-2", "--warmup", "5", "--dropout", "0.1",
+          "--dtype", "bfloat16", "--threads", "1", "--eval-every", "25", "--save-every", "8"]
+ODD = "Zoë — “naïve”  日本 🜁\t\n\n   x  y<|endoftext|>\r\n e\u0301 " + " " * 30 + "end "
+
+
+def nonsense(seed, lines):
+    """Words in a fixed order of kinds: most of it can be predicted, but not by counting tokens."""
+    draw = random.Random(seed).choice
+    kinds = [["the", "a", "every"], ["queen", "porter", "fool", "messenger", "gentleman"],
+             ["   sees", "   hears", "   remembers", "   follows"], ["Zoë,\n", "nobody.\n", "Birnam wood!\n"]]
+    return "".join(" ".join(map(draw, kinds)) for _ in range(lines))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "one.txt").write_text(nonsense(1, 600), encoding="utf-8")
+    (folder / "two.txt").write_text(nonsense(2, 300), encoding="utf-8")
+    (folder / "held_out.txt").write_text(nonsense(3, 70) + ODD, encoding="utf-8", newline="")
+    (folder / "held_out_too.txt").write_text("a", encoding="utf-8")
+    return folder
+
+
+def command(folder, out, family, *more):
+    return ["--text", str(folder / "one.txt"), str(folder / "two.txt"), "--valid",
+            str(folder / "held_out.txt"), str(folder / "held_out_too.txt"), "--out",
+            str(folder / out), "--family", family, *SHAPE, *RECIPE, *more]
+
+
+def run(arguments, stop_with=None, after=0, **kwargs):
+    """train.py in a process of its own; with stop_with, that signal once `after` lines are logged."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if stop_with:
+        metrics = Path(arguments[arguments.index("--out") + 1] + ".run", "metrics.jsonl")
+        while process.poll() is None and (
+                not metrics.exists() or metrics.read_bytes().count(b"\n") < after):
+            time.sleep(0.002)
+        process.send_signal(stop_with)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """The folder of an uninterrupted run: finished["neo"], finished["neox"], run when first wanted."""
+    class Finished(dict):
+        def __missing__(self, family):
+            status, _, err = run(command(folder, family, family))
+            assert status == 0, err
+            self[family] = folder / family
+            return self[family]
+
+    return Finished()
+
+
+def metrics(out):
+    lines = Path(f"{out}.run", "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", ["neo", "neox"])
+def test_learns_more_than_token_counts(folder, finished, family):
+    tokenizer = AutoTokenizer.from_pretrained(finished[family])
+    counts = Counter(tokenizer.encode((folder / "one.txt").read_text(encoding="utf-8")))
+    total = sum(counts.values())
+    unigram = -sum(n / total * math.log(n / total) for n in counts.values())
+    losses = [record["loss"] for record in metrics(finished[family]) if "loss" in record]
+    assert len(losses) == 60
+    assert losses[0] > math.log(320) - 0.5
+    assert sum(losses[-8:]) / 8 < 0.6 * unigram
+
+
+@pytest.mark.parametrize("family", ["neo", "neox"])
+def test_bits_per_byte_is_what_the_reference_finds(folder, finished, family):
+    """Every token once, after <|endoftext|>, in windows; divided by the bytes of the files."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished[family], dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished[family])
+    bits, size, context = 0.0, 0, 32
+    for name in ("held_out.txt", "held_out_too.txt"):
+        data = (folder / name).read_bytes()
+        ids = [tokenizer.eos_token_id] + tokenizer(data.decode("utf-8")).input_ids
+        for first in range(0, len(ids) - 1, context - 1):
+            window = torch.tensor([ids[first : first + context]])
+            with torch.no_grad():
+                log_p = model(window).logits[0, :-1].double().log_softmax(-1)
+            bits -= log_p.gather(1, window[0, 1:, None]).sum().item() / math.log(2)
+        size += len(data)
+    record = json.loads((finished[family] / "training.json").read_text(encoding="utf-8"))
+    assert record["valid_bytes"] == size
+    assert record["valid_bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
+    logged = [r["valid_bits_per_byte"] for r in metrics(finished[family]) if "sample" in r]
+    assert len(logged) == 3                                 # steps 25, 50 and the last, 60
+    assert logged[-1] == pytest.approx(bits / size, rel=0.02)   # in bfloat16
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(step, 2.0, 4, 20) for step in range(20)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[12] == pytest.approx(1.0)                  # half way down the cosine
+    assert all(a > b > 0 for a, b in zip(rates[4:], rates[5:]))
+    assert train.learning_rate(20, 2.0, 4, 20) == pytest.approx(0)
+    assert train.learning_rate(0, 2.0, 0, 20) == 2.0
+
+
+@pytest.mark.parametrize("family, matrices", [("neo", 2 * 6), ("neox", 2 * 4 + 1)])
+def test_decay_is_for_the_matrices_of_linear_layers(family, matrices):
+    """NeoX's output matrix is one of them; GPT-Neo's is the embedding, which must not fade."""
+    model = train.new_model(train.parse(["--text", "-", "--out", "-", "--family", family, *SHAPE]))
+    decayed, kept = train.decay_groups(model, 0.25)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.25, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, kept = [{names[id(p)] for p in group["params"]} for group in (decayed, kept)]
+    assert len(decayed) == matrices and not decayed & kept
+    assert decayed | kept == set(names.values())
+    assert decayed == {name for name, p in model.named_parameters()
+                       if p.ndim == 2 and "embed" not in name and "position" not in name}
+
+
+def test_every_epoch_takes_every_window_once():
+    batches = train.Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
+    assert batches.windows == 62
+    starts = []
+    for step in range(2 * 62):                              # 2 * 62 * 5 windows are 10 epochs
+        rows = batches[step]
+        assert rows.shape == (5, 16) and (rows.diff(dim=1) == 1).all()
+        starts += rows[:, 0].tolist()
+    epochs = [starts[i : i + 62] for i in range(0, len(starts), 62)]
+    assert all(sorted(b - min(epoch) for b in epoch) == list(range(0, 992, 16)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 10 and len({min(epoch) for epoch in epochs}) > 1
+    again = train.Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
+    assert again[77][:, 0].tolist() == starts[77 * 5 : 78 * 5]     # no need to have been elsewhere
+    assert train.Batches(torch.arange(1000), 16, 5, seed=4)[0].tolist() != again[0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# Stopping and going on
+# ------------------------------------------------------------------------------------------------
+
+def test_killed_twice_and_resumed_is_the_same_run(folder, finished):
+    """Once before the first save, once between two; weights to the bit, and no line of the log more."""
+    arguments = command(folder, "killed", "neo")
+    for after in (3, 30):
+        status, _, _ = run(arguments, stop_with=signal.SIGKILL, after=after)
+        assert status == -signal.SIGKILL
+        assert not (folder / "killed").exists()
+    status, _, err = run(arguments)
+    assert status == 0 and "going on after step" in err
+    for name in ("model.safetensors", "config.json", "vocab.json", "merges.txt"):
+        assert (folder / "killed" / name).read_bytes() == (finished["neo"] / name).read_bytes(), name
+    assert metrics(folder / "killed") == metrics(finished["neo"])
+
+
+def test_interrupted_saves_at_once_and_looking_changes_nothing(folder, finished):
+    """Ctrl-C; then the rest with more evaluations and samples than the uninterrupted run had."""
+    arguments = command(folder, "interrupted", "neox", "--save-every", "1000", "--eval-every", "20")
+    status, _, err = run(arguments, stop_with=signal.SIGINT, after=11)
+    assert status == 130 and "Traceback" not in err
+    steps = max(record["step"] for record in metrics(folder / "interrupted"))
+    assert 11 <= steps < 60 and f"stopped after step {steps}:" in err
+    status, _, err = run([*arguments, "--eval-every", "7"])
+    assert status == 0 and f"going on after step {steps} of 60" in err
+    assert ((folder / "interrupted" / "model.safetensors").read_bytes()
+            == (finished["neox"] / "model.safetensors").read_bytes())
+
+
+def test_finished_run_is_left_alone(folder, finished, capsys):
+    """Not even its files' times change."""
+    before = (finished["neo"] / "model.safetensors").stat().st_mtime_ns
+    assert train.main(command(folder, "neo", "neo")) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (finished["neo"] / "model.safetensors").stat().st_mtime_ns == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", ["neo", "neox"])
+def test_tokenizer_is_official_and_all_three_agree(folder, finished, family):
+    theirs = transformers.AutoTokenizer.from_pretrained(finished[family])
+    ours = AutoTokenizer.from_pretrained(finished[family])
+    assert type(theirs).__name__.startswith({"neo": "GPT2", "neox": "GPTNeoX"}[family])
+    assert len(theirs) == len(ours) == 320
+    assert theirs.eos_token_id == ours.eos_token_id == {"neo": 319, "neox": 0}[family]
+    every_byte = "".join(map(chr, [*range(0x250), 0x800, 0xFFFD, 0x1F701, 0x10FFFF]))
+    for text in (nonsense(3, 50), ODD, every_byte, "  def f(x):\n        return x", " " * 49 + "y"):
+        ids = ours.encode(text)
+        assert ids == theirs(text).input_ids
+        expected = text if family == "neo" else unicodedata.normalize("NFC", text)
+        assert ours.decode(ids) == theirs.decode(ids) == expected
+
+
+def test_neo_vocabulary_is_laid_out_as_gpt2s(finished):
+    vocab = json.loads((finished["neo"] / "vocab.json").read_text(encoding="utf-8"))
+    header, *merges, end = (finished["neo"] / "merges.txt").read_text(encoding="utf-8").split("\n")
+    assert header.startswith("#version") and end == "" and len(merges) == 320 - 257
+    assert list(vocab.values()) == list(range(320)) and vocab["<|endoftext|>"] == 319
+    assert [vocab["!"], vocab["Ċ"], vocab["Ġ"]] == [0, 198, 220]   # as in the official file
+    assert [vocab[merge.replace(" ", "")] for merge in merges] == list(range(256, 319))
+
+
+def test_neox_tokenizer_has_the_official_parts(finished):
+    """All but vocabulary and merges equals GPT-NeoX-20B's file (shared/tokenizers/README.md)."""
+    found = json.loads((finished["neox"] / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab, merges = found["model"].pop("vocab"), found["model"].pop("merges")
+    added = found.pop("added_tokens")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    assert found == {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"},
+        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None}}
+    assert list(vocab.values()) == list(range(320 - 23))
+    assert [vocab[c] for c in ("<|endoftext|>", "<|padding|>", "!", "Ċ", "Ġ")] == [0, 1, 2, 187, 209]
+    assert [vocab[merge.replace(" ", "")] for merge in merges] == list(range(245, 320 - 23))
+    assert not any("ĠĠ" in token for token in vocab)        # encode could never use such a token
+    assert [(t["id"], t["content"]) for t in added] == [
+        (0, "<|endoftext|>"), (1, "<|padding|>"), *((321 - n, " " * n) for n in range(24, 1, -1))]
+    for t in added:
+        special = t["id"] < 2
+        assert (t["special"], t["normalized"]) == (special, not special)
+        assert not (t["lstrip"] or t["rstrip"] or t["single_word"])
+
+
+def test_checkpoint_and_its_record(folder, finished):
+    out = finished["neo"]
+    record = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    assert record["tokens"] == 60 * 8 * 32 and record["steps"] == 60
+    assert record["command"].startswith("python ") and "--lr 1e-2" in record["command"]
+    assert record["parameters"] == sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(out).parameters())
+    assert not list(out.glob("*.part")) and not (out / "state.pt").exists()
+    pytest.importorskip("matplotlib")
+    assert Path(f"{out}.run", "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goes_on_from_a_checkpoint(folder, finished):
+    """--init: the loss begins where the checkpoint's ended, and the tokenizer is the checkpoint's."""
+    arguments = ["--text", str(folder / "two.txt"), "--out", str(folder / "tuned"), "--init",
+                 str(finished["neox"]), "--context", "24", "--lr", "1e-4", "--steps", "3", "--warmup",
+                 "0", "--threads", "1", "--save-dtype", "float16"]
+    status, out, err = run(arguments)
+    assert status == 0, err
+    assert metrics(folder / "tuned")[0]["loss"] < metrics(finished["neox"])[45]["loss"]
+    assert ((folder / "tuned" / "tokenizer.json").read_bytes()
+            == (finished["neox"] / "tokenizer.json").read_bytes())
+    tuned = AutoModelForCausalLM.from_pretrained(folder / "tuned", torch_dtype="auto")
+    assert tuned.dtype == torch.float16
+    assert "valid_bits_per_byte" not in json.loads((folder / "tuned" / "training.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+# ------------------------------------------------------------------------------------------------
+
+def refused(capsys, arguments):
+    """The one line that train.py says when it refuses."""
+    assert train.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("train.py: error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_bad_texts(folder, capsys):
+    (folder / "latin.txt").write_bytes("Zoë".encode("latin-1"))
+    (folder / "empty.txt").write_bytes(b"\n \n")
+    (folder / "short.txt").write_text("the queen sees nobody", encoding="utf-8")
+
+    def error(text, *more):
+        return refused(capsys, ["--text", str(folder / text), "--out", str(folder / "bad"), *more])
+
+    assert "no.txt: No such file" in error("no.txt")
+    assert "latin.txt: not UTF-8, the byte at offset 2 is 0xeb" in error("latin.txt")
+    assert "empty.txt: there is no text in it" in error("empty.txt")
+    assert "no.txt" in error("one.txt", "--valid", str(folder / "no.txt"))
+    assert "fewer than one --context of 32" in error("short.txt", *SHAPE[:-1], "258")
+    assert "the text gives" in error("short.txt", *SHAPE)
+    assert "too small" in error("one.txt", *SHAPE[:-1], "257")
+    assert not (folder / "bad").exists()
+
+
+def test_out_of_another_run(folder, finished, capsys):
+    finished["neo"], finished["neox"]
+    error = refused(capsys, command(folder, "neo", "neo", "--lr", "3e-3"))
+    assert "other settings (lr was 0.01 and is 0.003)" in error
+    (finished["neox"] / "training.json").rename(folder / "aside")  # now only its state is there
+    try:
+        error = refused(capsys, command(folder, "neox", "neox", "--seed", "1"))
+        assert "other settings (seed was 0 and is 1)" in error
+    finally:
+        (folder / "aside").rename(finished["neox"] / "training.json")
+    one = folder / "one.txt"
+    text = one.read_text(encoding="utf-8")
+    one.write_text(text + "more", encoding="utf-8")
+    assert "other settings (text was" in refused(capsys, command(folder, "neo", "neo"))
+    one.write_text(text, encoding="utf-8")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.tex").write_text("precious")
+    assert "not from train.py" in refused(capsys, command(folder, "mine", "neo"))
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--lr", "nan"], "--lr must be above 0"), (["--steps", "0"], "--steps must be above 0"),
+    (["--warmup", "60"], "--warmup must be in 0 … 59"), (["--context", "1"], "--context must be"),
+    (["--init", "nowhere"], "with --init the checkpoint decides that"),
+    (["--heads", "3"], "hidden_size"), (["--prompt", "no " * 40], "--prompt must be shorter")])
+def test_bad_numbers(folder, capsys, more, words):
+    assert words in refused(capsys, command(folder, "bad", "neo", *more))
+
+
+def test_init_that_cannot_be(folder, finished, capsys):
+    start = ["--text", str(folder / "one.txt"), "--out", str(folder / "bad"), "--init"]
+    assert "folder" in refused(capsys, [*start, str(folder / "nowhere")])
+    error = refused(capsys, [*start, str(finished["neo"]), "--context", "33"])
+    assert "--context 33 is more than the 32 positions" in error
