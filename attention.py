@@ -58,7 +58,8 @@ def naive(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
     until the softmax.  Forbidden scores become the lowest finite number rather than -inf: a padded
     row that may read nothing then averages everything, where -inf would make it NaN.
     """
-    if upcast:
+    k, v = k.contiguous(), v.contiguous()        # as transformers' cache leaves them: other strides
+    if upcast:                                   # would round differently in some shapes
         q, k = q.to(at_least_float32(q.dtype)), k.to(at_least_float32(k.dtype))
     scores = q @ k.transpose(-2, -1)                                       # (B, H, T, S)
     if scale != 1.0:

@@ -353,7 +353,7 @@ def named_token(name):
         return self._ids.get(self._named[name])
 
     def set_id(self, id):
-        set_token(self, None if id is None else self.convert_ids_to_tokens(id))
+        set_token(self, None if id is None else self._tokens.get(id, f"id {id}"))
 
     return property(token, set_token), property(id, set_id)
 

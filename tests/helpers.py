@@ -100,7 +100,7 @@ def reference(case, dtype=torch.float32):
 def reference_output(case, dtype):
     """Its logits and hidden states for the case's ids, computed once."""
     with torch.no_grad():
-        out = reference(case, dtype)(case.ids, output_hidden_states=True, use_cache=False)
+        out = reference(case, dtype)(case.ids, output_hidden_states=True)
     return out.logits, out.hidden_states
 
 

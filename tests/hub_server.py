@@ -1,18 +1,26 @@
-"""A small Hugging Face hub on 127.0.0.1: the routes that huggingface_hub's downloads use.
+"""A small Hugging Face hub on 127.0.0.1, with the routes that huggingface_hub's downloads use.
 
-    with Hub() as hub:
+    with Hub() as hub, Processes() as processes:
         hub.add("someone/tiny", folder)                    # branch main
         hub.add("someone/tiny", other, revision="step1")
-        subprocess.run(..., env=os.environ | {"HF_ENDPOINT": hub.url})
+        processes.run(code, *args, HF_ENDPOINT=hub.url, HF_HOME=cache)
 
 HEAD and GET of /{repo}/resolve/{revision}/{file}, where a revision is a branch or the commit that a
 branch is at; ETag, X-Repo-Commit, Content-Length, Range; the hub's X-Error-Code on 404.
 """
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Hub:
@@ -109,3 +117,45 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True                   # fewer bytes than Content-Length promised
         else:
             self.wfile.write(body)
+
+
+# Imports torch once; each job is a fork of it, which imports huggingface_hub for itself.
+FORKS = """
+import json, os, sys
+import generate, load_weights, neo, neox, tokenizer
+assert "huggingface_hub" not in sys.modules, "it reads its environment when imported, so it must come later"
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for stream, path in ((1, job["out"]), (2, job["err"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+        os.environ.update(job["env"])
+        sys.argv = ["-c", *job["args"]]
+        exec(job["code"])
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Processes:
+    """Runs code in processes of their own, like subprocess.run, without importing torch in each."""
+
+    def __enter__(self):
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        self.forks = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, text=True, env=env | {"OMP_NUM_THREADS": "1"})
+        return self
+
+    def __exit__(self, *_):
+        self.forks.stdin.close()
+        self.forks.wait()
+
+    def run(self, code, *args, **env):
+        """Exit status and text of a process with these arguments and environment variables."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            job = {"code": code, "args": [str(a) for a in args], "env": env, "out": str(out), "err": str(err)}
+            print(json.dumps(job), file=self.forks.stdin, flush=True)
+            status = int(self.forks.stdout.readline())
+            return subprocess.CompletedProcess(args, status, out.read_text(), err.read_text())

@@ -56,7 +56,7 @@ def test_padded_batch_is_bit_equal_at_real_tokens(seed, dtype, side):
     for row, pads in enumerate((T // 2, 1, 0)):
         mask[row, slice(0, pads) if side == "left" else slice(T - pads, T)] = 0
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    theirs = reference(case, dtype)(ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    theirs = reference(case, dtype)(ids, attention_mask=mask, position_ids=position_ids)
     out = ours(case, dtype)(ids, attention_mask=mask, position_ids=position_ids)
     real = mask.bool()
     assert torch.equal(out.logits[real], theirs.logits[real])
@@ -91,7 +91,7 @@ def test_loss_is_bit_equal(seed, dtype):
     labels = ids.clone()
     labels[:, 3:9] = -100
     with torch.no_grad():
-        theirs = reference(case, dtype)(ids, labels=labels, use_cache=False)
+        theirs = reference(case, dtype)(ids, labels=labels)
         mine = ours(case, dtype)(ids, labels=labels)
         nothing = ours(case, dtype)(ids, labels=torch.full_like(ids, -100))
     assert mine.loss.dtype == torch.float32 and torch.equal(mine.loss, theirs.loss)
@@ -104,7 +104,7 @@ def test_gradients(seed):
     case = random_case(seed)
     ids = case.ids.repeat(1, 40)[:, :40]
     theirs, model = reference(case), ours(case)
-    theirs(ids, labels=ids, use_cache=False).loss.backward()
+    theirs(ids, labels=ids).loss.backward()
     model(ids, labels=ids).loss.backward()
     expected = {our_name(name, NAMES[case.family]): p.grad for name, p in theirs.named_parameters()}
     found = {name: p.grad for name, p in model.named_parameters()}
@@ -123,7 +123,7 @@ def test_dropout_draws_where_the_reference_draws(seed):
     ids = case.ids.repeat(1, 20)[:, :20]
     theirs, model = reference(case).train(), ours(case).train()
     torch.manual_seed(7)
-    expected = theirs(ids, labels=ids, use_cache=False).loss
+    expected = theirs(ids, labels=ids).loss
     torch.manual_seed(7)
     assert torch.equal(model(ids, labels=ids).loss, expected)
     assert not torch.equal(model.eval()(ids, labels=ids).loss, expected)
@@ -134,7 +134,7 @@ def test_attention_maps(seed):
     """`auto` turns naive to show them; they are the reference's, and rows sum to 1."""
     case = random_case(seed)
     with torch.no_grad():
-        theirs = reference(case)(case.ids, output_attentions=True, use_cache=False).attentions
+        theirs = reference(case)(case.ids, output_attentions=True).attentions
         mine = ours(case, backend="auto")(case.ids, output_attentions=True).attentions
     assert len(mine) == len(theirs)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs))

@@ -1,22 +1,19 @@
 """The hub's side of from_pretrained, against a small server: what is fetched, kept, and said."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from hub_server import Hub
+from hub_server import Hub, Processes
 from load_weights import AutoModelForCausalLM
 from test_bad_input import good
 
-ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.tensor([[5, 6, 7, 8]])
-QUICK = "import time; time.sleep = lambda seconds: None\n"     # huggingface_hub waits 23 s in all before it gives up
+# huggingface_hub waits 23 s in all before it gives up.
+QUICK = "import time; time.sleep = lambda seconds: None\n"
 LOAD = QUICK + """
 import json, sys, torch
 from load_weights import AutoModelForCausalLM, AutoTokenizer
@@ -39,18 +36,18 @@ def hub():
         yield server
 
 
+@pytest.fixture(scope="module")
+def processes():
+    with Processes() as running:
+        yield running
+
+
 @pytest.fixture
-def client(hub, tmp_path):
-    """Runs code as a user of that hub with a cache of their own; HF_ENDPOINT is read at import."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
-
-    def run(code, *args, **more):
-        return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, env=env | more,
-                              capture_output=True, text=True, timeout=120)
-
-    return run
+def client(hub, processes, tmp_path):
+    """Runs code as a user of that hub with a cache of their own."""
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+           "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
+    return lambda code, *args, **more: processes.run(code, *args, **env | more)
 
 
 def logits_of(folder):
@@ -58,11 +55,11 @@ def logits_of(folder):
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="naive")(IDS).logits
 
 
-def loaded(client, tmp_path, name, how=None, **env):
-    """What a fresh process loads under that name."""
+def loaded(client, tmp_path, name, how=None, first="", **env):
+    """What a fresh process loads under that name; `first` is code that it runs before."""
     out = tmp_path / "out.pt"
     out.unlink(missing_ok=True)
-    run = client(LOAD, name, json.dumps(how or {}), out, **env)
+    run = client(first + LOAD, name, json.dumps(how or {}), out, **env)
     assert run.returncode == 0, run.stderr
     return torch.load(out)
 
@@ -171,13 +168,15 @@ def test_a_cache_that_lacks_the_weights(hub, client, tmp_path):
     assert "out of reach" in last_line(run)
 
 
-def test_a_connection_that_drops_once(hub, client, tmp_path):
-    """The usual accident of a large file: the rest is fetched, and the whole is right."""
+@pytest.mark.parametrize("chunk, statuses", [(10 ** 7, [200, 200]), (1000, [200, 206])], ids=["small", "large"])
+def test_a_connection_that_drops_once(chunk, statuses, hub, client, tmp_path):
+    """The usual accident: what fits in one chunk is fetched anew, a large file from where it broke off."""
     hub.add("someone/tiny", good("gpt_neox"))
     hub.drop("model.safetensors", times=1)
-    found = loaded(client, tmp_path, "someone/tiny")
+    found = loaded(client, tmp_path, "someone/tiny",
+                   first=f"from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = {chunk}\n")
     assert torch.equal(found["logits"], logits_of(good("gpt_neox")))
-    assert [s for m, f, s in hub.requests if (m, f) == ("GET", "model.safetensors")] == [200, 206]
+    assert [s for m, f, s in hub.requests if (m, f) == ("GET", "model.safetensors")] == statuses
 
 
 def test_a_connection_that_keeps_dropping(hub, client, tmp_path):

@@ -55,13 +55,9 @@ def parts(family, base=False):
 
 
 def forward(model, ids=IDS):
-    """Logits, or the last hidden state of a base model.
-
-    Without its cache: with it the reference copies k, and its product rounds differently.
-    """
-    how = {"use_cache": False} if isinstance(model, transformers.PreTrainedModel) else {}
+    """Logits, or the last hidden state of a base model."""
     with torch.no_grad():
-        out = model(ids, **how)
+        out = model(ids)
     return out.last_hidden_state if getattr(out, "logits", None) is None else out.logits
 
 

@@ -293,7 +293,7 @@ def test_both_formats_agree(pairs, tmp_path, family):
 def test_save_and_load(folders, tmp_path, family):
     """The files are those that were read; settings are kept; transformers reads them as well."""
     ours = OURS[family].from_pretrained(folders[family], padding_side="left", model_max_length=2048)
-    ours.pad_token = "!"
+    ours.pad_token_id = ours.convert_tokens_to_ids("!")
     for _ in range(2):                                       # the second time over its own files
         ours.save_pretrained(tmp_path / "out")
         for path in folders[family].iterdir():
@@ -477,6 +477,7 @@ def test_accepted_merges_merge_alike(merges, words):
     (lambda t: t.decode(torch.tensor([[1, 2]])), TypeError, "batch_decode"),
     (lambda t: t.convert_tokens_to_ids("zzzz"), ValueError, "no token 'zzzz'"),
     (lambda t: setattr(t, "pad_token", "[PAD]"), ValueError, r"cannot be '\[PAD\]'"),
+    (lambda t: setattr(t, "pad_token_id", 60000), ValueError, "cannot be 'id 60000'"),
     (lambda t: setattr(t, "padding_side", "top"), ValueError, "'top'"),
 ])
 def test_bad_calls(pairs, call, error, words):

@@ -131,17 +131,29 @@ def test_learning_rate():
 
 
 @pytest.mark.parametrize("family, matrices", [("neo", 2 * 6), ("neox", 2 * 4 + 1)])
-def test_decay_is_for_the_matrices_of_linear_layers(family, matrices):
-    """NeoX's output matrix is one of them; GPT-Neo's is the embedding, which must not fade."""
+@pytest.mark.parametrize("fresh", [True, False])
+def test_parameter_groups(family, matrices, fresh):
+    """Decay for the matrices of linear layers (NeoX's output is one; GPT-Neo's is the embedding, which
+    must not fade); a fresh GPT-Neo's q weights learn at 1/sqrt(D) of the rate, with decay to match."""
     model = train.new_model(train.parse(["--text", "-", "--out", "-", "--family", family, *SHAPE]))
-    decayed, kept = train.decay_groups(model, 0.25)
+    decayed, kept, folded = train.parameter_groups(model, 0.25, fresh)
+    share = model.config.head_dim ** -0.5
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.25, 0.0)
+    assert folded["share"] == share and folded["share"] * folded["weight_decay"] == pytest.approx(0.25)
+    assert decayed["share"] == kept["share"] == 1.0
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = [{names[id(p)] for p in group["params"]} for group in (decayed, kept)]
-    assert len(decayed) == matrices and not decayed & kept
-    assert decayed | kept == set(names.values())
-    assert decayed == {name for name, p in model.named_parameters()
-                       if p.ndim == 2 and "embed" not in name and "position" not in name}
+    decayed, kept, folded = [{names[id(p)] for p in group["params"]} for group in (decayed, kept, folded)]
+    assert len(decayed | folded) == matrices and len(decayed) + len(kept) + len(folded) == len(names)
+    assert folded == {n for n in names.values() if fresh and "q_proj" in n}
+    assert decayed | folded == {name for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
+
+
+def test_a_fresh_gpt_neo_has_the_scale_folded_in():
+    """q weights at 0.02 / sqrt(D), so that unscaled scores start as scaled ones would."""
+    model = train.new_model(train.parse(["--text", "-", "--out", "-", "--family", "neo", *SHAPE]))
+    attn = model.transformer.blocks[0].attn
+    assert attn.q_proj.weight.std().item() == pytest.approx(0.02 * model.config.head_dim ** -0.5, rel=0.1)
+    assert attn.k_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_every_epoch_takes_every_window_once():

@@ -1,0 +1,128 @@
+"""The README is read first, so what it says is checked: sizes, outputs, tables, commands."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import compare
+import generate
+import train
+from conftest import ROOT
+from neo import GPTNeoConfig, GPTNeoForCausalLM
+from neox import GPTNeoXConfig, GPTNeoXForCausalLM
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def rows(header):
+    """Cells of each row of the table whose header line starts so."""
+    lines = README[README.index(header):].splitlines()[2:]
+    table = lines[:next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_every_module_is_listed_with_its_length():
+    listed = {name: int(lines) for name, lines, _ in rows("| file |")}
+    modules = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
+    assert listed == modules
+
+
+def test_the_first_command_is_near_the_top_and_its_output_is_true(capsys):
+    """The block under `make demo` is what the Makefile's line prints, to the letter."""
+    assert README[:README.index("```bash")].count("\n") < 25
+    shown = re.search(r"```text\n(.*?)```", README, re.S)[1]
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "generate.py" in line)
+    import shlex
+    assert generate.main(shlex.split(line.split("generate.py", 1)[1])) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_equality_table():
+    """Each row is what `compare.py checkpoints/NAME --dtype DTYPE --markdown` prints today."""
+    table = rows("| checkpoint | dtype |")
+    assert {(row[0], row[1]) for row in table} == {(n, d) for n in ("demo-neo", "demo-neox")
+                                                 for d in ("float32", "bfloat16", "float16")}
+    for name, dtype, *_ in table:
+        config = compare.config_of(compare.arguments([str(ROOT / "checkpoints" / name)]))
+        assert config.position_limit is None or config.position_limit >= 2 * config.window_size
+    printed = subprocess.run([sys.executable, "compare.py", "checkpoints/demo-neo", "--markdown"], cwd=ROOT,
+                             capture_output=True, text=True, check=True).stdout
+    assert [cell.strip() for cell in printed.strip().strip("|").split("|")] == table[0]
+
+
+@pytest.mark.slow
+def test_equality_table_whole(capsys):
+    for row in rows("| checkpoint | dtype |"):
+        assert compare.main([str(ROOT / "checkpoints" / row[0]), "--dtype", row[1], "--markdown"]) == 0
+        assert [cell.strip() for cell in capsys.readouterr().out.strip().strip("|").split("|")] == row
+
+
+SIZES = {
+    "gpt-neo-125m": GPTNeoConfig(hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]]),
+    "gpt-neo-1.3B": GPTNeoConfig(),
+    "gpt-neo-2.7B": GPTNeoConfig(hidden_size=2560, num_layers=32, num_heads=20, attention_types=[[["global", "local"], 16]]),
+    "gpt-neox-20b": GPTNeoXConfig(),
+} | {f"pythia-{name}": GPTNeoXConfig(vocab_size=V, hidden_size=C, num_hidden_layers=L, num_attention_heads=H,
+                                     intermediate_size=4 * C)
+     for name, L, C, H, V in [("70m", 6, 512, 8, 50304), ("160m", 12, 768, 12, 50304), ("410m", 24, 1024, 16, 50304),
+                              ("1b", 16, 2048, 8, 50304), ("1.4b", 24, 2048, 16, 50304), ("2.8b", 32, 2560, 32, 50304),
+                              ("6.9b", 32, 4096, 32, 50432), ("12b", 36, 5120, 40, 50688)]}
+
+
+def test_sizes():
+    """Weights and gigabytes of each official checkpoint, from models built without memory."""
+    table = {name: (count, single, half) for name, count, single, half in rows("| checkpoint | weights |")}
+    assert table.keys() == SIZES.keys()
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            count = (GPTNeoForCausalLM if isinstance(config, GPTNeoConfig) else GPTNeoXForCausalLM)(config).num_parameters()
+        assert table[name] == (f"{count:,}", f"{4 * count / 1e9:.2f} GB", f"{2 * count / 1e9:.2f} GB")
+
+
+def test_demo_checkpoints():
+    """Held-out bits per byte as training.json has them; small, and with windows that the context leaves behind."""
+    for name, *cells in rows("| demo checkpoint |"):
+        folder = ROOT / "checkpoints" / name
+        record, config = (json.loads((folder / file).read_text()) for file in ("training.json", "config.json"))
+        assert cells[-1] == f"{record['valid_bits_per_byte']:.3f}" and record["valid_bits_per_byte"] <= 2.3
+        assert cells[0] == f"{record['parameters']:,}"
+        assert sum(f.stat().st_size for f in folder.iterdir()) <= 8e6
+        if "window_size" in config:
+            assert 4 * config["window_size"] <= config["max_position_embeddings"]
+
+
+def test_python_example_runs(capsys, monkeypatch):
+    """The block under "From Python"; the other hub names stand for the same code with a network."""
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    monkeypatch.chdir(ROOT)
+    exec(compile(ast.parse(code), "README.md", "exec"), {})
+    assert "HAMLET." in capsys.readouterr().out
+
+
+def test_command_lines_parse():
+    """Every option in the README's commands exists."""
+    import shlex
+    parsers = {"generate.py": generate.arguments, "compare.py": compare.arguments, "train.py": train.parse}
+    seen = set()
+    text = README.replace("\\\n", " ").replace("$DEMO", "--text a --seed 0")
+    for line in re.findall(r"(?:^|python )((?:generate|compare|train)\.py .*)$", text, re.M):
+        command, *arguments = shlex.split(line.split(" #")[0])
+        if "CHECKPOINT" in arguments:
+            continue
+        parsers[command](arguments)
+        seen.add(command)
+    assert seen == parsers.keys()
+
+
+def test_core_imports_stay_light():
+    """The models need torch and small things: no transformers, no hub, no plots until they are asked for."""
+    code = ("import sys; import neo, neox, attention, load_weights, generate, tokenizer; "
+            "print([m for m in ('transformers', 'huggingface_hub', 'matplotlib', 'triton.language', 'flash_attn', "
+            "'tokenizers', 'pandas') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
