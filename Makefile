@@ -13,10 +13,10 @@ demo: .venv/run
 	@.venv/bin/python generate.py "ROMEO:" --seed 1 --max-new-tokens 200
 
 test: .venv/test
-	.venv/bin/python -m pytest -m "not slow and not official"
+	.venv/bin/python -m pytest -n auto -m "not slow and not official"
 
 test-all: .venv/test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'

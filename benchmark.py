@@ -104,10 +104,11 @@ LOADERS = {
 }
 # The class is imported before the clock starts: `load` is loading, not importing.
 MEASURE = """
-import json, resource, sys, time, torch
+import json, time, torch
+from generate import peak_memory
 {imports}
 load({tiny!r})
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: peak_memory(torch.device("cpu"))
 before, start = peak(), time.perf_counter()
 model = load({folder!r})
 total = sum(p.sum() for p in model.parameters())

@@ -346,15 +346,25 @@ def peak_memory(device):
     """The most bytes that this process ever held: on the GPU if the model is there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):                     # Linux; getrusage there counts the parent too
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def usable_device(name):
+    """The device of that name, or ValueError where this machine or this torch has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:100]}") from None
 
 
 def run(args):
     """The whole command: load, write each text, say how it went."""
     from load_weights import AutoModelForCausalLM, AutoTokenizer
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     generator = torch.Generator(device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
@@ -362,10 +372,15 @@ def run(args):
                                                  device=device, attn_implementation=args.backend)
     counts = []
     for prompt in prompts(args):
-        for sample in range(args.num_samples):
-            if counts:
-                print(flush=True)
-            counts.append(write(model, tokenizer, prompt, args, generator))
+        try:
+            for _ in range(args.num_samples):
+                if counts:
+                    print(flush=True)
+                counts.append(write(model, tokenizer, prompt, args, generator))
+        except ValueError as error:
+            if not args.interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)      # the next prompt may be a better one
     if counts:
         print(status(model, args, counts), file=sys.stderr)
 
