@@ -88,11 +88,11 @@ def check_inputs(input_ids, position_ids, config, past=0):
     Values cannot be looked at while torch.compile or torch.export traces; shapes can.
     """
     vocab_size, limit = config.vocab_size, config.position_limit
-    if not torch.is_tensor(input_ids) or input_ids.is_floating_point() or input_ids.is_complex() \
-            or input_ids.dtype == torch.bool or input_ids.dim() != 2:
-        got = (f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-               if torch.is_tensor(input_ids) else type(input_ids).__name__)
-        raise ValueError(f"input_ids must be an integer tensor of shape (batch, tokens), got {got}")
+    if not torch.is_tensor(input_ids):
+        raise ValueError(f"input_ids must be a tensor of shape (batch, tokens), got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2:
+        raise ValueError("input_ids must be int64 or int32 (.long() makes them so) of shape (batch, tokens), "
+                         f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
     B, T = input_ids.shape
     if B == 0 or T == 0:
         raise ValueError(f"input_ids is empty: shape {(B, T)}; give at least one token")

@@ -148,7 +148,7 @@ def first_token(args):
         return seconds(lambda: subprocess.run([sys.executable, *arguments], cwd=HERE, check=True, capture_output=True))
 
     figures = in_turns({"import torch": process("-c", "import torch"),
-                        "first token": process("generate.py", "ROMEO:", "--max-new-tokens", "1")}, args.rounds)
+                        "first token": process("generate.py", "HAMLET.", "--max-new-tokens", "1")}, args.rounds)
     show("from the command line to the first token, checkpoints/demo-neo", figures, "s", base="import torch")
     more = [b - a for a, b in zip(*figures.values())]
     print(f"  {'difference':14s} {statistics.median(more):9.3f} s  ({min(more):.3f} to {max(more):.3f})")

@@ -1,7 +1,7 @@
 """Text from a model: sampling, streaming, and the command line.
 
     python generate.py "My favorite food is" --model EleutherAI/pythia-70m
-    python generate.py "ROMEO:" --top-p 0.9 --seed 1            (the bundled demo checkpoint)
+    python generate.py "HAMLET." --top-p 0.9 --seed 1            (the bundled demo checkpoint)
 
     B  rows of the batch · T  tokens so far · V  vocabulary
 
@@ -215,15 +215,18 @@ def infer_mask(input_ids, attention_mask, pad, eos_ids):
 
 def generate(self, input_ids, attention_mask=None, *, do_sample=UNSET, temperature=UNSET, top_k=UNSET,
              top_p=UNSET, repetition_penalty=UNSET, max_length=UNSET, max_new_tokens=UNSET,
-             num_return_sequences=UNSET, eos_token_id=UNSET, pad_token_id=UNSET, generator=None):
+             num_return_sequences=UNSET, eos_token_id=UNSET, pad_token_id=UNSET, generator=None,
+             compile=False):
     """Prompt and continuation as ids, (B * num_return_sequences, total); see Settings for each name.
 
     input_ids (B, T) integer, rows of different length padded on the left; attention_mask (B, T)
     says where.  eos_token_id: one id or several; None never stops.  With neither length given, 20
     new tokens.  generator: a torch.Generator to draw from, else torch's global one.
     Raises ValueError before any compute for settings that mean nothing, ids outside the vocabulary,
-    an empty prompt, and more positions than the model has.
+    an empty prompt, more positions than the model has, and compile=True: there is only this loop yet.
     """
+    if compile:
+        raise ValueError("compiled decoding is not part of this version: leave compile=False")
     given = dict(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
                  repetition_penalty=repetition_penalty, max_length=max_length,
                  max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
@@ -314,6 +317,7 @@ def write(model, tokenizer, prompt, args, generator):
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
     check_prompt(model, ids, None)
     settings = settings_of(args, model, ids.size(1))
+    settings.total_length(ids.size(1), model.config)       # what cannot be is said before text begins
     times = [time.perf_counter()]
 
     def tokens():

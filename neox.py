@@ -17,6 +17,7 @@ Sources: EleutherAI/gpt-neox (megatron/model) and transformers (modeling_gpt_neo
 whose results this file repeats to the bit when attention is the naive one.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -65,6 +66,8 @@ class GPTNeoXConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"config field 'hidden_act' is {self.hidden_act!r}; "
                              f"supported: {', '.join(ACTIVATIONS)}")
+        if not math.isfinite(self.rotary_pct):
+            raise ValueError(f"config field 'rotary_pct' is {self.rotary_pct}; supported: up to 1")
         if not 0 < self.rotary_pct <= 1 or self.rotary_ndims % 2 or self.rotary_ndims == 0:
             raise ValueError(f"config field 'rotary_pct' ({self.rotary_pct}) makes {self.rotary_ndims} "
                              f"of {self.head_dim} dims rotate; supported: an even number from 2")
@@ -99,8 +102,10 @@ class GPTNeoXConfig:
         4.57 wrote them under newer names as well; the 5 spelling wins where both are there.
         """
         raw = dict(raw)
-        rope = raw.get("rope_parameters") or {}
-        for part in (rope, raw.get("rope_scaling") or {}):
+        rope, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+        for name, part in (("rope_parameters", rope), ("rope_scaling", scaling)):
+            if not isinstance(part, dict):
+                raise ValueError(f"config field {name!r} must be an object or null, got {part!r}")
             kind = part.get("rope_type", part.get("type", "default"))
             if kind != "default":
                 raise ValueError(f"config field 'rope_type' is {kind!r}; supported: default")
