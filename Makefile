@@ -10,7 +10,7 @@ PIP = .venv/bin/pip --disable-pip-version-check --quiet
 .PHONY: demo test test-all clean
 
 demo: .venv/run
-	@.venv/bin/python generate.py "HAMLET." --seed 1 --max-new-tokens 160
+	@.venv/bin/python generate.py "HAMLET." --temperature 0.8 --top-p 0.9 --seed 1 --max-new-tokens 160
 
 test: .venv/test
 	.venv/bin/python -m pytest -n auto -m "not slow and not official"
