@@ -89,10 +89,11 @@ def check_inputs(input_ids, position_ids, config, past=0):
     """
     vocab_size, limit = config.vocab_size, config.position_limit
     if not torch.is_tensor(input_ids):
-        raise ValueError(f"input_ids must be a tensor of shape (batch, tokens), got {type(input_ids).__name__}")
+        raise ValueError("input_ids must be a tensor of shape (batch, tokens), got "
+                         f"{type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2:
-        raise ValueError("input_ids must be int64 or int32 (.long() makes them so) of shape (batch, tokens), "
-                         f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
+        raise ValueError("input_ids must be int64 or int32 (.long() makes them so) of shape "
+                         f"(batch, tokens), got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
     B, T = input_ids.shape
     if B == 0 or T == 0:
         raise ValueError(f"input_ids is empty: shape {(B, T)}; give at least one token")

@@ -5,8 +5,9 @@
     python benchmark.py first-token     from the command line to the first token of text
 
 Both sides get the same weights (random, in an official shape), the same dtype and threads, and turns
-one after the other, since machines drift; ratios are taken turn by turn.  The reference runs as its users
-run it: its own default attention (eager for GPT-Neo, which has no other on a CPU; sdpa for GPT-NeoX).
+one after the other, since machines drift; ratios are taken turn by turn.  The reference runs as its
+users run it: its own default attention (eager for GPT-Neo, which has no other on a CPU; sdpa for
+GPT-NeoX).
 """
 
 import argparse
@@ -59,8 +60,9 @@ def show(title, figures, unit, base="transformers"):
     print(f"\n{title}")
     for name, values in figures.items():
         ratios = [b / v for b, v in zip(figures[base], values)]
-        print(f"  {name:14s} {statistics.median(values):9.3f} {unit}  ({min(values):.3f} to {max(values):.3f})"
-              + ("" if name == base else f"   {statistics.median(ratios):.2f} times less than {base}"))
+        spread = f"({min(values):.3f} to {max(values):.3f})"
+        versus = "" if name == base else f"   {statistics.median(ratios):.2f} times less than {base}"
+        print(f"  {name:14s} {statistics.median(values):9.3f} {unit}  {spread}{versus}")
 
 
 def seconds(function):
@@ -91,13 +93,15 @@ def prefill(args):
                 "ours": seconds(lambda: ours(ids, logits_to_keep=keep)),
                 "transformers": seconds(lambda: theirs(ids, logits_to_keep=keep, use_cache=False)),
             }, args.rounds)
-            show(f"prefill of {args.tokens} tokens, {args.shape} shape, {args.dtype}, {title}", figures, "s")
+            show(f"prefill of {args.tokens} tokens, {args.shape} shape, {args.dtype}, {title}",
+                 figures, "s")
             result[title] = figures
     return result
 
 
 LOADERS = {
-    "ours": "from load_weights import AutoModelForCausalLM as Auto; load = lambda f: Auto.from_pretrained(f)",
+    "ours": "from load_weights import AutoModelForCausalLM as Auto; "
+            "load = lambda f: Auto.from_pretrained(f)",
     "transformers": "import transformers; from transformers import AutoModelForCausalLM as Auto; "
                     "transformers.utils.logging.disable_progress_bar(); "
                     "load = lambda f: Auto.from_pretrained(f, dtype='float32')",
@@ -131,13 +135,15 @@ def load(args):
 
         def measure(name):
             code = MEASURE.format(imports=LOADERS[name], folder=folder, tiny=tiny)
-            out = subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, capture_output=True, text=True)
+            out = subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True,
+                                 capture_output=True, text=True)
             return json.loads(out.stdout.splitlines()[-1])
 
         both = in_turns({name: lambda name=name: measure(name) for name in LOADERS}, args.rounds)
     time_figures = {name: [pair[0] for pair in pairs] for name, pairs in both.items()}
     peak_figures = {name: [pair[1] / size for pair in pairs] for name, pairs in both.items()}
-    show(f"from_pretrained, {args.shape} shape, float32 safetensors of {size / 1e6:.0f} MB", time_figures, "s")
+    show(f"from_pretrained, {args.shape} shape, float32 safetensors of {size / 1e6:.0f} MB",
+         time_figures, "s")
     show("peak memory above the interpreter's, in sizes of the file", peak_figures, "×")
     return {"seconds": time_figures, "peak / file": peak_figures}
 
@@ -145,11 +151,14 @@ def load(args):
 def first_token(args):
     """Whole processes: the command line with the demo checkpoint, against importing torch alone."""
     def process(*arguments):
-        return seconds(lambda: subprocess.run([sys.executable, *arguments], cwd=HERE, check=True, capture_output=True))
+        return seconds(lambda: subprocess.run([sys.executable, *arguments], cwd=HERE, check=True,
+                                              capture_output=True))
 
-    figures = in_turns({"import torch": process("-c", "import torch"),
-                        "first token": process("generate.py", "HAMLET.", "--max-new-tokens", "1")}, args.rounds)
-    show("from the command line to the first token, checkpoints/demo-neo", figures, "s", base="import torch")
+    one_token = process("generate.py", "HAMLET.", "--max-new-tokens", "1")
+    figures = in_turns({"import torch": process("-c", "import torch"), "first token": one_token},
+                       args.rounds)
+    show("from the command line to the first token, checkpoints/demo-neo", figures, "s",
+         base="import torch")
     more = [b - a for a, b in zip(*figures.values())]
     print(f"  {'difference':14s} {statistics.median(more):9.3f} s  ({min(more):.3f} to {max(more):.3f})")
     return figures
@@ -164,7 +173,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="also write every figure to a file")
     args = parser.parse_args()
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    versions = (f"python {platform.python_version()}, torch {torch.__version__}, "
+                f"{torch.get_num_threads()} threads")
     print(f"{platform.system()} {platform.machine()}, {versions}")
     commands = {"prefill": prefill, "load": load, "first-token": first_token}
     chosen = commands if args.what == "all" else [args.what]

@@ -73,8 +73,9 @@ class Settings:
                              "(do_sample=False is the limit towards 0)")
         if self.do_sample and self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.do_sample and self.top_k is not None and (self.top_k < 0 or self.top_k != int(self.top_k)):
-            raise ValueError(f"top_k must be a whole number from 1, or 0 or None for all, got {self.top_k}")
+        if self.do_sample and self.top_k is not None and not (self.top_k >= 0 and self.top_k % 1 == 0):
+            raise ValueError("top_k must be a whole number from 1, or 0 or None for all, got "
+                             f"{self.top_k}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -82,7 +83,8 @@ class Settings:
         if self.num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be at least 1, got {self.num_return_sequences}")
         if self.num_return_sequences > 1 and not self.do_sample:
-            raise ValueError("num_return_sequences above 1 needs do_sample=True: greedy ones are all equal")
+            raise ValueError("num_return_sequences above 1 needs do_sample=True: greedy ones are "
+                             "all equal")
 
     @property
     def eos_ids(self):
@@ -265,7 +267,8 @@ def arguments(argv=None):
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue")
     add("--model", default=DEMO, help="folder or hub id (default: the bundled demo checkpoint)")
-    add("--revision", help="branch, tag or commit on the hub; Pythia's training steps are step0 ... step143000")
+    add("--revision", metavar="NAME",
+        help="branch, tag or commit on the hub; Pythia's training steps are step0 ... step143000")
     add("--max-new-tokens", type=int, metavar="N", help="at most this many (default: 200, or what fits)")
     add("--temperature", type=float, default=0.9, metavar="X", help="default 0.9; 0 is greedy")
     add("--top-k", type=int, default=50, metavar="K", help="default 50; 0 is off")
@@ -273,15 +276,22 @@ def arguments(argv=None):
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default 1, which is off")
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--num-samples", type=int, default=1, metavar="N", help="texts to write, an empty line between them")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--num-samples", type=int, default=1, metavar="N",
+        help="texts to write, an empty line between them")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text; may be repeated")
     add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--dtype", default="float32", metavar="NAME", help="float32, bfloat16, float16, auto (the checkpoint's)")
+    add("--dtype", default="float32", metavar="NAME",
+        help="float32, bfloat16, float16, auto (the checkpoint's)")
     add("--backend", default="auto", metavar="NAME", help="attention: auto, naive, sdpa")
     add("--interactive", action="store_true", help="read prompts from standard input, one a line")
     args = parser.parse_args(argv)
     if args.prompt is None and not args.interactive:
         parser.error("give a prompt, or --interactive")
+    if args.num_samples < 1:
+        parser.error(f"--num-samples must be at least 1, got {args.num_samples}")
+    if "" in args.stop:
+        parser.error("--stop needs a text that is not empty")
     return args
 
 
@@ -294,7 +304,8 @@ def text_until(pieces, stops):
         if found:
             yield held[:min(found)]
             return
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])),
+                   default=0)
         yield held[:len(held) - keep]
         held = held[len(held) - keep:]
     yield held
@@ -340,7 +351,8 @@ def status(model, args, counts):
     chosen = choose_backend(args.backend)
     backend = f"{chosen} ({args.backend})" if chosen != args.backend else chosen
     speed = f"{new / new_seconds:.0f} tokens/s" if new else "no more"
-    return (f"{os.path.basename(os.path.normpath(args.model))} · {model.num_parameters() / 1e6:.1f} M weights"
+    name = os.path.basename(os.path.normpath(args.model))
+    return (f"{name} · {model.num_parameters() / 1e6:.1f} M weights"
             f" · {model.device} {str(model.dtype).removeprefix('torch.')} · attention {backend}"
             f" · prompt {prompt} tokens, {prompt / prompt_seconds:.0f} tokens/s"
             f" · then {speed} · peak memory {peak_memory(model.device) / 2**20:.0f} MiB")
@@ -362,7 +374,8 @@ def usable_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:100]}") from None
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
 
 
 def run(args):
@@ -372,8 +385,9 @@ def run(args):
     generator = torch.Generator(device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-    model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, torch_dtype=args.dtype,
-                                                 device=device, attn_implementation=args.backend)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, revision=args.revision, torch_dtype=args.dtype, device=device,
+        attn_implementation=args.backend)
     counts = []
     for prompt in prompts(args):
         try:

@@ -54,7 +54,7 @@ GPT_NEOX = {
     "gpt_neox.layers.#.mlp.dense_4h_to_h.*":           "transformer.blocks.#.mlp.down_proj.*",
     "gpt_neox.final_layer_norm.*":                     "transformer.ln_f.*",
     "embed_out.weight":                                "lm_head.weight",
-    "lm_head.weight":                                  "lm_head.weight",   # transformers >= 5.14, in memory
+    "lm_head.weight":                                  "lm_head.weight",   # in memory, since 5.14
     "gpt_neox.layers.#.attention.bias":                None,   # the causal mask, saved as a buffer
     "gpt_neox.layers.#.attention.masked_bias":         None,   # the constant -1e9
     "gpt_neox.layers.#.attention.rotary_emb.inv_freq": None,   # rounded in some files: recomputed
@@ -120,8 +120,9 @@ def fetch(name_or_folder, filename, revision=None, required=True):
         return None
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file: give the folder of a checkpoint")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise FileNotFoundError(f"no folder {name}, and no hub id, which looks like EleutherAI/pythia-70m")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise FileNotFoundError(f"no folder {name}, and no hub id, which looks like "
+                                "EleutherAI/pythia-70m")
     return fetch_from_hub(name, filename, revision, required)
 
 
@@ -133,6 +134,8 @@ def fetch_from_hub(repo, filename, revision, required):
     model comes from one commit, and without a network nothing waits for an answer twice.
     """
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache    # slow to import
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()                          # it retries by itself; we say how it ended
 
     where = f"{repo} (revision {revision})" if revision else repo
     try:
@@ -396,7 +399,8 @@ def save_pretrained(model, folder):
         save_file(official_state(model), temporary["model.safetensors"], metadata={"format": "pt"})
         for name, content in (("config.json", config), ("generation_config.json", generation)):
             temporary[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(temporary["config.json"], temporary["model.safetensors"])    # else its owner's only
+        # safetensors makes a file that only its owner may read
+        shutil.copymode(temporary["config.json"], temporary["model.safetensors"])
         for name, path in temporary.items():
             os.replace(path, folder / name)
     finally:

@@ -253,8 +253,8 @@ def parameter_groups(model, weight_decay, fresh):
     folded = {id(p) for name, p in model.named_parameters() if fresh and name.endswith("q_proj.weight")}
     groups = {"decayed": [], "kept": [], "folded": []}
     for p in model.parameters():
-        kind = "folded" if id(p) in folded else "decayed" if p.ndim >= 2 and id(p) not in embedded else "kept"
-        groups[kind].append(p)
+        matrix = p.ndim >= 2 and id(p) not in embedded
+        groups["folded" if id(p) in folded else "decayed" if matrix else "kept"].append(p)
     share = model.config.head_dim ** -0.5
     return [dict(params=groups["decayed"], weight_decay=weight_decay, share=1.0),
             dict(params=groups["kept"], weight_decay=0.0, share=1.0),

@@ -193,7 +193,7 @@ def test_a_connection_that_keeps_dropping(hub, client, tmp_path):
 
 @pytest.mark.parametrize("args, says", [
     (["--model", "someone/none"], "no folder someone/none here and no model someone/none on the hub"),
-    (["--model", "none"], "no model none on the hub"),
+    (["--model", "none"], "no folder none, and no hub id"),
     (["--model", "some--one/no..ne"], "no model some--one/no..ne on the hub"),
     (["--model", "someone/tiny", "--revision", "step7"], "someone/tiny has no revision 'step7' on the hub"),
     (["--model", "someone/empty"], "no weights in someone/empty on the hub"),
