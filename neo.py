@@ -106,9 +106,18 @@ class GPTNeoConfig:
         return self.hidden_size // self.num_heads
 
     @classmethod
+    def from_pretrained(cls, name_or_folder, revision=None):
+        """From the config.json of a checkpoint: a folder, or a hub id.  Errors are read_config's."""
+        from load_weights import read_config
+        return cls.from_dict(read_config(name_or_folder, revision))
+
+    @classmethod
     def from_dict(cls, raw):
         """From the contents of a config.json, old or new; what it says beyond the fields is ignored."""
         raw = dict(raw)
+        if raw.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(f"config field 'model_type' is {raw['model_type']!r}; {cls.__name__} reads "
+                             f"{cls.model_type!r}")
         for name, alias in (("num_layers", "num_hidden_layers"), ("num_heads", "num_attention_heads")):
             if name not in raw and alias in raw:
                 raw[name] = raw[alias]

@@ -95,6 +95,12 @@ class GPTNeoXConfig:
         return int(self.head_dim * self.rotary_pct)
 
     @classmethod
+    def from_pretrained(cls, name_or_folder, revision=None):
+        """From the config.json of a checkpoint: a folder, or a hub id.  Errors are read_config's."""
+        from load_weights import read_config
+        return cls.from_dict(read_config(name_or_folder, revision))
+
+    @classmethod
     def from_dict(cls, raw):
         """From the contents of a config.json, old or new; what it says beyond the fields is ignored.
 
@@ -102,6 +108,9 @@ class GPTNeoXConfig:
         4.57 wrote them under newer names as well; the 5 spelling wins where both are there.
         """
         raw = dict(raw)
+        if raw.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(f"config field 'model_type' is {raw['model_type']!r}; {cls.__name__} reads "
+                             f"{cls.model_type!r}")
         rope, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
         for name, part in (("rope_parameters", rope), ("rope_scaling", scaling)):
             if not isinstance(part, dict):

@@ -144,6 +144,16 @@ def test_training_does_not_reach_the_file(container, tmp_path):
     assert before == {f: f.read_bytes() for f in tmp_path.iterdir()}
 
 
+def test_config_by_itself():
+    """What the model would get, and no other family's."""
+    for family in FAMILIES:
+        config = OURS[family].config_class.from_pretrained(saved(family))
+        assert config == load(saved(family), family).config
+        other = next(OURS[name] for name in FAMILIES if name != family)
+        with pytest.raises(ValueError, match="model_type"):
+            other.config_class.from_pretrained(saved(family))
+
+
 def test_loading_draws_no_random_numbers(tmp_path):
     """The same seed gives the same text, however the model came into memory."""
     folder = saved("gpt_neo")                              # this one does, the first time
