@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import compare
 import generate
 import train
 from conftest import ROOT
+from load_weights import AutoTokenizer
 from neo import GPTNeoConfig, GPTNeoForCausalLM
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -94,6 +96,16 @@ def test_demo_checkpoints():
         assert sum(f.stat().st_size for f in folder.iterdir()) <= 8e6
         if "window_size" in config:
             assert 4 * config["window_size"] <= config["max_position_embeddings"]
+
+
+@pytest.mark.parametrize("name", ["demo-neo", "demo-neox"])
+def test_demo_tokenizers_are_official_files(name):
+    """transformers reads them unchanged and gives the same ids, and the text comes back."""
+    folder = ROOT / "checkpoints" / name
+    theirs, mine = transformers.AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = "HAMLET.\n    To be, or not to be:  that is the question;\n<|endoftext|>café 生活 \t x   y"
+    assert mine.encode(text) == theirs.encode(text) and len(mine) == len(theirs)
+    assert mine.decode(mine.encode(text)) == theirs.decode(theirs.encode(text)) == text
 
 
 def test_python_example_runs(capsys, monkeypatch):
