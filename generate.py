@@ -133,7 +133,7 @@ def choose(scores, settings, generator=None):
 
 def keep_top_k(scores, k):
     """-inf for all but the k highest of each row; ties with the k-th stay.  (B, V) -> (B, V)"""
-    kth = scores.topk(min(k, scores.size(-1))).values[:, -1:]              # (B, 1)
+    kth = scores.topk(min(int(k), scores.size(-1))).values[:, -1:]              # (B, 1)
     return scores.masked_fill(scores < kth, float("-inf"))
 
 

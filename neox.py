@@ -168,7 +168,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         # The surprise of this file: rows of the matrix are [q k v] of head 0, [q k v] of head 1, ...
         # so the heads are cut apart first.  Splitting it in thirds fits every shape and is another
-        # model (megatron/model/transformer.py; 33 % of the predictions survive it).
+        # model (EleutherAI/gpt-neox, megatron/model/transformer.py).
         qkv = self.qkv_proj(x).view(B, T, -1, 3 * self.D).transpose(1, 2)   # (B, H, T, 3D)
         q, k, v = qkv.chunk(3, dim=-1)                                      # each (B, H, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)

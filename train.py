@@ -186,7 +186,9 @@ def new_model(args):
         with torch.no_grad():
             # GPT-Neo's scores have no 1/sqrt(D); its authors folded it into the first q weights
             # (mesh-tensorflow, fold_scaling_into_initializer).  And a token must be heard over what
-            # the blocks add to it, which starts at about 0.1: at 0.02 training lost 500 steps.
+            # the blocks add to it, which starts at about 0.1, so embeddings do too and not at 0.02.
+            # The demo's mean loss of steps 201 to 250: 4.70 so, 4.73 with only the second, 4.93 with
+            # only the first.
             for block in model.transformer.blocks:
                 block.attn.q_proj.weight *= model.config.head_dim ** -0.5
             model.transformer.embed.weight *= 5
@@ -242,11 +244,12 @@ def parameter_groups(model, weight_decay, fresh):
 
     Decay is for the matrices of linear layers.  Biases are few and LayerNorm weights belong near 1,
     not 0.  A row of an embedding has a gradient only when its token occurs but would shrink at every
-    step, so decay would fade the rare tokens; GPT-Neo's output matrix is its embedding and goes with it.
+    step, so decay would fade the rare tokens; GPT-Neo's output matrix is its embedding and goes
+    with it.
 
     A fresh GPT-Neo's q weights have 1/sqrt(D) folded in (new_model).  AdamW moves a weight by about
-    the learning rate whatever its size, so theirs is folded too: together that is exactly the
-    training of a model that divides its scores.
+    the learning rate whatever its size, so theirs is folded too: together that is the training of a
+    model that divides its scores (but for clipping and Adam's epsilon, which see other gradients).
     """
     embedded = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding)
                 for p in module.parameters()}

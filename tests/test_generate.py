@@ -1,21 +1,19 @@
 """generate: the reference's tokens, one for one, and a command line that behaves."""
 
-import subprocess
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import generate as G
 from conftest import ROOT
-from helpers import ours, random_case, reference, widen
+from helpers import ours, random_case, reference
 
 LONG = {"max_position_embeddings": 600}
 
 
 def long_case(family):
     """A model with room for 500 tokens and, for GPT-Neo, a window that they leave far behind."""
-    from dataclasses import replace
     case = random_case(300 if family == "gpt_neo" else 301)
     return replace(case, settings=tuple((dict(case.settings) | LONG).items()))
 
@@ -118,6 +116,22 @@ def test_stream_gives_each_token_when_it_is_chosen(pair):
             assert token.tolist() == whole[i:i + 1] and len(passes) == i + 1
     finally:
         hook.remove()
+
+
+def test_rows_without_a_token_are_not_chosen(pair, monkeypatch, capsys):
+    """A model's matrix has more rows than its tokenizer has tokens; the command line leaves them out,
+    generate does not, as the reference."""
+    model, ids = pair[1], torch.tensor([[4, 5, 6]])
+    settings = G.Settings.of(model, dict(do_sample=True, top_k=0, max_new_tokens=200, eos_token_id=None))
+    draws = {real: [token.item() for token in G.stream(model, ids, settings=settings, real_vocab=real,
+                                                       generator=torch.Generator().manual_seed(0))]
+             for real in (None, 50)}
+    assert max(draws[None]) >= 50 > max(draws[50])
+
+    seen, stream = [], G.stream
+    monkeypatch.setattr(G, "stream", lambda *a, **k: seen.append(k["real_vocab"]) or stream(*a, **k))
+    assert G.main(["HAMLET.", "--model", str(ROOT / "checkpoints" / "demo-neox"), "--max-new-tokens", "1"]) == 0
+    assert seen == [1472]
 
 
 # --- choosing a token, with scores made by hand ---------------------------------------------------
