@@ -10,12 +10,28 @@ the S positions, and returns (B, H, T, D) in v's dtype.
     visible      which key may a query read?  One rule for prefill, decoding and everything between.
     naive        the definition.  Bit-identical to transformers' eager attention, and slow.
     sdpa         torch's fused kernel; on a local layer it never looks outside the window.
+    triton       our own kernel, forward and backward, which walks the band of the window alone.
+    flash        the flash-attn package.
     attention    the one function that models call; picks the backend.
     KVCache      remembers keys and values; local layers remember only their window.
 """
 
+from __future__ import annotations       # so that tl.constexpr may be written where triton is missing
+
+import functools
+
 import torch
 import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit(do_not_specialize=("T", "S", "window"))      # else each new length compiles anew
+except Exception as error:                                        # broken is as good as missing
+    triton, no_triton = None, error
+
+    def jit(kernel):
+        return kernel                                             # to be read, not run
 
 
 # ------------------------------------------------------------------------------------------------
@@ -124,18 +140,379 @@ def fused(q, k, v, scale, window, key_mask, dropout):
 
 
 # ------------------------------------------------------------------------------------------------
+# The same, as a Triton kernel that knows the window
+# ------------------------------------------------------------------------------------------------
+#
+# Each program owns one block of queries of one head (in dk, dv: one block of keys) and walks only
+# the blocks of the other side that its band touches, so that the work is T · window, not T².
+#
+#     forward    s  = q kᵀ · scale       p  = exp(s - m)         l = Σ p       o = p v / l
+#     backward   p  = exp(s - m) / l     dp = do vᵀ              delta = Σ p dp
+#                ds = p (dp - delta)     dq = ds k · scale       dk = dsᵀ q · scale    dv = pᵀ do
+#
+# m is a row's largest score.  It is known only at the end, so the forward pass keeps the largest so
+# far and, when that rises, shrinks what it has summed (online softmax: Milakov and Gimelshein 2018;
+# the tiling is FlashAttention's, Dao et al. 2022).  The backward pass forms p again from q, k, m, l.
+# Rows are addressed from a 64-bit base: offsets within a block fit 32 bits, whole tensors may not.
+
+@jit
+def rows_of(X, strides, batch, head, first, N: tl.constexpr, D_PAD: tl.constexpr):
+    """Addresses of rows first ... first + N - 1 of one head: (N, D_PAD)."""
+    base = X + batch * strides[0] + head * strides[1] + tl.cast(first, tl.int64) * strides[2]
+    return base + tl.arange(0, N)[:, None] * strides[2] + tl.arange(0, D_PAD)[None, :]
+
+
+@jit
+def load(X, strides, batch, head, first, ok, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Rows first, first + 1, … of one head, 0 where not `ok` and beyond D: (len(ok), D_PAD)."""
+    at = rows_of(X, strides, batch, head, first, ok.shape[0], D_PAD)
+    return tl.load(at, mask=ok[:, None] & (tl.arange(0, D_PAD) < D)[None, :], other=0.0)
+
+
+@jit
+def store(X, strides, batch, head, first, ok, value, D: tl.constexpr, D_PAD: tl.constexpr):
+    """The same way back, rounded to X's dtype."""
+    at = rows_of(X, strides, batch, head, first, ok.shape[0], D_PAD)
+    tl.store(at, value.to(X.dtype.element_ty), mask=ok[:, None] & (tl.arange(0, D_PAD) < D)[None, :])
+
+
+@jit
+def readable(KEY_MASK, batch, j, end, S):
+    """Which of the keys at positions j lie before `end` and are not padding?"""
+    ok = j < end
+    if KEY_MASK is not None:
+        ok = ok & (tl.load(KEY_MASK + batch * S + j, mask=ok, other=0) != 0)
+    return ok
+
+
+@jit
+def forward_kernel(Q, K, V, KEY_MASK, O, M, L, q_strides, k_strides, v_strides, o_strides,
+                   H, T, S, window, scale,
+                   D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """o, m and l of ROWS queries; keys come COLS at a time."""
+    batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+    first = tl.program_id(1) * ROWS
+    row = first + tl.arange(0, ROWS)
+    i = S - T + row                                                        # the queries' positions
+    q = load(Q, q_strides, batch, head, first, row < T, D, D_PAD)          # (ROWS, D_PAD)
+
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    l = tl.zeros((ROWS,), tl.float32)
+    o = tl.zeros((ROWS, D_PAD), tl.float32)
+    begin = tl.maximum(S - T + first - window + 1, 0)                      # my first query's first key
+    end = tl.minimum(S - T + first + ROWS, S)                              # my last query's own key, + 1
+    for start in range(begin, end, COLS):
+        j = start + tl.arange(0, COLS)
+        key_ok = readable(KEY_MASK, batch, j, end, S)
+        k = load(K, k_strides, batch, head, start, key_ok, D, D_PAD)       # (COLS, D_PAD)
+        v = load(V, v_strides, batch, head, start, key_ok, D, D_PAD)
+        gap = i[:, None] - j[None, :]
+        seen = (gap >= 0) & (gap < window) & key_ok[None, :]               # `visible`, tile by tile
+
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale         # (ROWS, COLS), no tf32
+        s = tl.where(seen, s, float("-inf"))
+        risen = tl.maximum(m, tl.max(s, 1))
+        top = tl.where(risen == float("-inf"), 0.0, risen)                 # nothing seen yet: no inf - inf
+        p = tl.exp(s - top[:, None]).to(v.dtype)
+        fade = tl.exp(m - top)
+        l = l * fade + tl.sum(p.to(tl.float32), 1)                         # of the p that v will meet
+        o = o * fade[:, None] + tl.dot(p, v, input_precision="ieee")
+        m = risen
+
+    l = tl.where(l == 0.0, 1.0, l)                                         # a row that reads nothing: o = 0
+    store(O, o_strides, batch, head, first, row < T, o / l[:, None], D, D_PAD)
+    line = tl.program_id(0).to(tl.int64) * T + row                         # rows of M and L lie densely
+    tl.store(M + line, tl.where(m == float("-inf"), 0.0, m), mask=row < T)
+    tl.store(L + line, l, mask=row < T)
+
+
+@jit
+def dq_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DQ,
+              q_strides, k_strides, v_strides, do_strides, dq_strides, H, T, S, window, scale,
+              D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """delta and dq of ROWS queries, in two sweeps over their keys.
+
+    delta equals Σ do · o, which would save the first sweep.  But where one key has nearly all the
+    weight, and GPT-Neo's unscaled scores make many such rows, dp - delta is a small difference of
+    large numbers: only a delta summed from the very same dp takes their rounding away with it.
+    """
+    batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+    first = tl.program_id(1) * ROWS
+    row = first + tl.arange(0, ROWS)
+    i = S - T + row
+    q = load(Q, q_strides, batch, head, first, row < T, D, D_PAD)          # (ROWS, D_PAD)
+    do = load(DO, do_strides, batch, head, first, row < T, D, D_PAD)
+    line = tl.program_id(0).to(tl.int64) * T + row
+    m = tl.load(M + line, mask=row < T, other=0.0)
+    inverse = 1.0 / tl.load(L + line, mask=row < T, other=1.0)
+
+    delta = tl.zeros((ROWS,), tl.float32)
+    dq = tl.zeros((ROWS, D_PAD), tl.float32)
+    begin = tl.maximum(S - T + first - window + 1, 0)
+    end = tl.minimum(S - T + first + ROWS, S)
+    for sweep in tl.static_range(2):
+        for start in range(begin, end, COLS):
+            j = start + tl.arange(0, COLS)
+            key_ok = readable(KEY_MASK, batch, j, end, S)
+            k = load(K, k_strides, batch, head, start, key_ok, D, D_PAD)   # (COLS, D_PAD)
+            v = load(V, v_strides, batch, head, start, key_ok, D, D_PAD)
+            gap = i[:, None] - j[None, :]
+            seen = (gap >= 0) & (gap < window) & key_ok[None, :]
+
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale     # (ROWS, COLS)
+            s = tl.where(seen, s, float("-inf"))
+            p = tl.exp(s - m[:, None]) * inverse[:, None]
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            dp = tl.where(seen, dp, 0.0)
+            if sweep == 0:
+                delta += tl.sum(p * dp, 1)
+            else:
+                ds = p * (dp - delta[:, None])
+                dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+
+    tl.store(DELTA + line, delta, mask=row < T)
+    store(DQ, dq_strides, batch, head, first, row < T, dq * scale, D, D_PAD)
+
+
+@jit
+def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
+               q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, H, T, S, window, scale,
+               D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """dk and dv of ROWS keys; the queries that read them come COLS at a time.  Tiles are transposed:
+    a row is a key, a column a query."""
+    batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+    first = tl.program_id(1) * ROWS
+    j = first + tl.arange(0, ROWS)                                         # the keys' positions
+    key_ok = readable(KEY_MASK, batch, j, S, S)
+    k = load(K, k_strides, batch, head, first, key_ok, D, D_PAD)           # (ROWS, D_PAD)
+    v = load(V, v_strides, batch, head, first, key_ok, D, D_PAD)
+
+    dk = tl.zeros((ROWS, D_PAD), tl.float32)
+    dv = tl.zeros((ROWS, D_PAD), tl.float32)
+    begin = tl.maximum(first - (S - T), 0)                                 # my first key's own query
+    end = tl.minimum(first + ROWS - 1 + window - (S - T), T)               # my last key's last reader, + 1
+    for start in range(begin, end, COLS):
+        row = start + tl.arange(0, COLS)
+        q = load(Q, q_strides, batch, head, start, row < T, D, D_PAD)      # (COLS, D_PAD)
+        do = load(DO, do_strides, batch, head, start, row < T, D, D_PAD)
+        line = tl.program_id(0).to(tl.int64) * T + row
+        m = tl.load(M + line, mask=row < T, other=0.0)
+        inverse = 1.0 / tl.load(L + line, mask=row < T, other=1.0)
+        delta = tl.load(DELTA + line, mask=row < T, other=0.0)
+        gap = (S - T + row)[None, :] - j[:, None]
+        seen = (gap >= 0) & (gap < window) & key_ok[:, None] & (row < T)[None, :]
+
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale         # (ROWS, COLS)
+        s = tl.where(seen, s, float("-inf"))
+        p = tl.exp(s - m[None, :]) * inverse[None, :]
+        dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        dp = tl.where(seen, dp, 0.0)
+        ds = p * (dp - delta[None, :])
+        dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+
+    store(DK, dk_strides, batch, head, first, j < S, dk * scale, D, D_PAD)
+    store(DV, dv_strides, batch, head, first, j < S, dv, D, D_PAD)
+
+
+INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
+
+# Rows of the own side × of the other side, warps: the shapes that ptxas compiles without spilling
+# (python benchmark.py kernels), by kernel and by D_PAD.  float32 has no tensor cores: small tiles.
+BLOCKS = {
+    forward_kernel: {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
+    dq_kernel:      {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
+    dkv_kernel:     {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
+}
+BLOCKS_FLOAT32 = {64: (16, 16, 4), 128: (16, 16, 4), 256: (16, 32, 8)}
+
+
+def launch(kernel, rows, q, arguments):
+    """Run one program for every (batch and head, block of `rows`)."""
+    B, H, _, D = q.shape
+    D_PAD = max(16, 1 << (D - 1).bit_length())                             # what tl.dot multiplies
+    width = max(64, D_PAD)
+    own, other, warps = (BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS[kernel])[width]
+    kernel[B * H, -(-rows // own)](*arguments, D=D, D_PAD=D_PAD, ROWS=own, COLS=other,
+                                   num_warps=warps, num_stages=2)
+
+
+@torch.library.custom_op("window_attention::forward", mutates_args=())
+def triton_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None,
+                   scale: float, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o (B, H, T, D), and of every row its largest score m and its sum l (B, H, T).
+
+    m and l are kept apart, since their sum, the log-sum-exp, is rounded where p feels it.
+    """
+    (B, H, T, D), S = q.shape, k.size(2)
+    o = torch.empty_like(q)                                # in q's layout: heads join without a copy
+    m, l = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    launch(forward_kernel, T, q, (q, k, v, key_mask, o, m, l, q.stride(), k.stride(), v.stride(),
+                                  o.stride(), H, T, S, window, scale))
+    return o, m, l
+
+
+@triton_forward.register_fake
+def _(q, k, v, key_mask, scale, window):
+    m, l = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    return torch.empty_like(q), m, l
+
+
+@torch.library.custom_op("window_attention::backward", mutates_args=())
+def triton_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None,
+                    m: torch.Tensor, l: torch.Tensor, do: torch.Tensor,
+                    scale: float, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq (B, H, T, D), dk and dv (B, H, S, D) from the gradient do (B, H, T, D)."""
+    (_, H, T, _), S = q.shape, k.size(2)
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    delta, dq, dk, dv = (torch.empty_like(x) for x in (m, q, k, v))
+    launch(dq_kernel, T, q, (q, k, v, key_mask, do, m, l, delta, dq, q.stride(), k.stride(), v.stride(),
+                             do.stride(), dq.stride(), H, T, S, window, scale))
+    launch(dkv_kernel, S, q, (q, k, v, key_mask, do, m, l, delta, dk, dv, q.stride(), k.stride(), v.stride(),
+                              do.stride(), dk.stride(), dv.stride(), H, T, S, window, scale))
+    return dq, dk, dv
+
+
+@triton_backward.register_fake
+def _(q, k, v, key_mask, m, l, do, scale, window):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def save_for_backward(ctx, inputs, output):
+    (q, k, v, key_mask, ctx.scale, ctx.window), (_, m, l) = inputs, output
+    ctx.save_for_backward(q, k, v, key_mask, m, l)
+
+
+def run_backward(ctx, do, dm, dl):
+    return *triton_backward(*ctx.saved_tensors, do, ctx.scale, ctx.window), None, None, None
+
+
+triton_forward.register_autograd(run_backward, setup_context=save_for_backward)
+
+
+def triton_attention(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=False):
+    """The kernel, on a CUDA GPU or, slowly, in Triton's interpreter.
+
+    `upcast` changes nothing: tl.dot sums in float32 whatever it multiplies.  A query that may read
+    nothing (padding) gives 0.  Raises ImportError without triton, ValueError for tensors that the
+    kernel cannot take and for dropout, which it does not have.
+    """
+    import_triton()
+    if not q.is_cuda and not INTERPRETED:
+        raise ValueError(f"attention backend 'triton' needs a CUDA GPU, got tensors on {q.device}; "
+                         "without one, set TRITON_INTERPRET=1 before Python starts (slow), or use 'sdpa'")
+    check_tensors("triton", q, k, v, (torch.float32, torch.float16, torch.bfloat16))
+    if dropout:
+        raise ValueError(f"attention backend 'triton' has no dropout, got {dropout}; use 'sdpa', or "
+                         "set the config's attention dropout to 0")
+    dtype, S = v.dtype, k.size(2)
+    if INTERPRETED and dtype == torch.bfloat16:            # the interpreter's tl.dot multiplies the bit
+        q, k, v = q.float(), k.float(), v.float()          # patterns of bfloat16; float32 holds each value
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    o, _, _ = triton_forward(q, k, v, key_mask, scale, S if window is None else min(window, S))
+    return o.to(dtype)
+
+
+def import_triton():
+    """Raise ImportError, with the reason, where triton did not import."""
+    if triton is None:
+        raise ImportError("attention backend 'triton' needs the triton package (pip install triton==3.7.1), "
+                          f"whose import failed: {no_triton}")
+
+
+def check_tensors(backend, q, k, v, dtypes):
+    """Raise ValueError for dtypes and head widths that a kernel was not made for."""
+    if q.dtype not in dtypes or not q.dtype == k.dtype == v.dtype:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"attention backend {backend!r} takes q, k and v of one dtype, of {known} on "
+                         f"{q.device.type}, got {q.dtype}, {k.dtype}, {v.dtype}; use 'naive' or 'sdpa'")
+    if q.size(-1) > 256:
+        raise ValueError(f"attention backend {backend!r} takes heads up to 256 wide, got {q.size(-1)}; "
+                         "use 'naive' or 'sdpa'")
+
+
+# ------------------------------------------------------------------------------------------------
+# The same, by FlashAttention-2
+# ------------------------------------------------------------------------------------------------
+
+def flash(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=False):
+    """The flash-attn package's kernels (Dao 2023).
+
+    They count the keys *before* the query, so our window W is their (W - 1, 0).  (transformers' own
+    FlashAttention path of GPT-Neo passes no window at all: its local layers read everything.)
+    `upcast` changes nothing, as above.  Padded batches are packed, and a padded query gives 0.
+    Raises ImportError without the package, ValueError for what it cannot do.
+    """
+    flash_attn = import_flash()
+    check_flash(q, k, v)
+    T, S = q.size(2), k.size(2)
+    how = dict(softmax_scale=scale, causal=True, dropout_p=dropout)
+    if window is not None and window < S:
+        if not keeps_windows(q.device, q.dtype):
+            raise ValueError("this flash-attn ignores window_size (its Triton backend does), so it "
+                             "cannot run local layers; use 'sdpa' or 'triton'")
+        how["window_size"] = (window - 1, 0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, T, H, D) is its order
+    if key_mask is None:
+        return flash_attn.flash_attn_func(q, k, v, **how).transpose(1, 2)
+
+    if "window_size" in how and (key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1).add(key_mask[:, 0]).gt(1).any():
+        raise ValueError("attention backend 'flash' packs the keys of a padded batch side by side, so a "
+                         "gap between them would change the window; use 'sdpa' or 'naive'")
+    real = key_mask[:, S - T:]                                              # (B, T) queries worth asking
+    starts = [F.pad(x.sum(1).cumsum(0), (1, 0)).int() for x in (real, key_mask)]
+    longest = [int(x.sum(1).max()) for x in (real, key_mask)]
+    out = torch.zeros_like(q)
+    out[real] = flash_attn.flash_attn_varlen_func(q[real], k[key_mask], v[key_mask], *starts, *longest, **how)
+    return out.transpose(1, 2)
+
+
+def import_flash():
+    """The flash_attn module, or ImportError with the reason, whatever broke its import."""
+    try:
+        import flash_attn
+        return flash_attn
+    except Exception as error:
+        raise ImportError("attention backend 'flash' (flash_attention_2) needs the flash-attn package and a "
+                          f"CUDA GPU; importing it failed: {error}.  'sdpa' runs anywhere") from error
+
+
+def check_flash(q, k, v):
+    """Raise ValueError for tensors that flash-attn would refuse from deep inside, or get wrong."""
+    own_triton = getattr(import_flash().flash_attn_interface, "USE_TRITON_ROCM", False)
+    if q.is_cuda:
+        dtypes = (torch.float16, torch.bfloat16)
+    elif own_triton and INTERPRETED:                       # for tests; bfloat16 is garbage there
+        dtypes = (torch.float32, torch.float16)
+    else:
+        raise ValueError(f"attention backend 'flash' (flash_attention_2) needs a CUDA GPU, got tensors on "
+                         f"{q.device}; use 'sdpa'")
+    check_tensors("flash", q, k, v, dtypes)
+
+
+@functools.lru_cache(maxsize=None)
+def keeps_windows(device, dtype):
+    """Does flash-attn do as it is told?  With a window of one key, attention must give back v."""
+    x = torch.eye(16, dtype=dtype, device=device)[None, :, None]            # (1, T, 1, D)
+    with torch.no_grad():
+        return torch.equal(import_flash().flash_attn_func(x, x, x, causal=True, window_size=(0, 0)), x)
+
+
+# ------------------------------------------------------------------------------------------------
 # The dispatch
 # ------------------------------------------------------------------------------------------------
 
-BACKENDS = {"naive": naive, "sdpa": sdpa}
-REFERENCE_NAMES = {"eager": "naive"}                      # what transformers calls ours
+BACKENDS = {"naive": naive, "sdpa": sdpa, "triton": triton_attention, "flash": flash}
+REFERENCE_NAMES = {"eager": "naive", "flash_attention_2": "flash"}          # what transformers calls ours
 
 
 def choose_backend(name="auto", return_weights=False):
     """Name of the backend that will run: a user's word is checked, "auto" is decided.
 
     Raises ValueError for an unknown name, or if attention weights are wanted from a fused backend
-    (it never forms them).  Nothing is ever substituted for a backend asked for by name.
+    (it never forms them); ImportError if its package is missing.  Nothing is ever substituted for a
+    backend asked for by name.
     """
     if name == "auto":
         return "naive" if return_weights else "sdpa"
@@ -146,6 +523,10 @@ def choose_backend(name="auto", return_weights=False):
     if return_weights and name != "naive":
         raise ValueError(f"backend {name!r} never forms the attention weights; to see them use "
                          "attn_implementation='naive' or 'auto'")
+    if name == "triton":
+        import_triton()
+    if name == "flash":
+        import_flash()
     return name
 
 

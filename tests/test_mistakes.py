@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import test_cache
+import test_triton
 from conftest import ROOT
 from helpers import Case, assert_bit_equal, ours, random_case, reference, relative, saved
 
@@ -72,6 +73,23 @@ GENERATE_MISTAKES = {
                                         "seen / penalty"),
     "top-p leaves the boundary out": ("generate.py", "cumsum(-1) <= 1 - p", "cumsum(-1) <= 1 - p + 0.05"),
 }
+# Slips in the Triton kernel; each line stands in one of the three kernels.
+TRITON_MISTAKES = {
+    "window one too long": ("attention.py", "(gap < window) & key_ok[None, :]               # `visible`",
+                            "(gap <= window) & key_ok[None, :] #"),
+    "band starts too late": ("attention.py", "window + 1, 0)                      # my first query's", "window + 2, 0) #"),
+    "band ends too early": ("attention.py", "first + ROWS, S)                              # my last query's own",
+                            "first + ROWS - 1, S) #"),
+    "sum that does not fade": ("attention.py", "o = o * fade[:, None]", "o = o"),
+    "padding is read": ("attention.py", "if KEY_MASK is not None:", "if False:"),
+    "heads mixed up": ("attention.py", "+ head * strides[1]", "+ head * strides[2]"),
+    "delta left out": ("attention.py", "ds = p * (dp - delta[:, None])", "ds = p * dp"),
+    "dk not scaled": ("attention.py", "dk * scale", "dk"),
+    "last reader forgotten": ("attention.py", "first + ROWS - 1 + window - (S - T)", "first + ROWS - 2 + window - (S - T)"),
+    "queries counted from the first key": ("attention.py", "gap = (S - T + row)[None, :]", "gap = row[None, :]"),
+    "columns beyond D": ("attention.py", "    return tl.load(at, mask=ok[:, None] & (tl.arange(0, D_PAD) < D)[None, :]",
+                         "    return tl.load(at, mask=ok[:, None] & (tl.arange(0, D_PAD) <= D)[None, :]"),
+}
 
 
 @pytest.fixture
@@ -83,6 +101,7 @@ def planted(tmp_path, monkeypatch):
             if f"{name}.py" == file:
                 assert source.count(old) == 1, f"{file} does not hold once:\n{old}"
                 source = source.replace(old, new)
+            source = source.replace('"window_attention::', '"planted_attention::')     # operators have one name
             (tmp_path / f"{name}.py").write_text(source)
             monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.syspath_prepend(tmp_path)
@@ -160,6 +179,23 @@ def test_cache_tests_catch(name, planted, monkeypatch):
     else:
         with pytest.raises((AssertionError, RuntimeError, IndexError)):
             run()
+
+
+@pytest.mark.parametrize("name", [None, *TRITON_MISTAKES], ids=str)
+def test_kernel_tests_catch(name, planted, monkeypatch):
+    """Output and gradients against float64, as test_triton.py compares them."""
+    modules = planted(*(TRITON_MISTAKES[name] if name else ("neo.py", "import torch\n", "import torch\n")))
+    monkeypatch.setattr(test_triton, "A", modules["attention"])
+    worst = 0.0
+    for window, side in ((17, None), (2, None), (None, "left")):
+        generator = torch.Generator().manual_seed(0)
+        tensors = test_triton.tensors(generator, 2, 2, 40, 60, 20, torch.float32, "part of a larger one")
+        how = dict(scale=0.3, window=window, key_mask=test_triton.padding(generator, 2, 40, 60, side))
+        truth = test_triton.all_of("naive", *tensors, how, torch.float64)
+        for mine, true in zip(test_triton.all_of("triton", *tensors, how), truth):
+            worst = max(worst, relative(mine, true))
+    print(f"{name}: {worst:.1e} relative")
+    assert (worst < 1e-5) == (name is None)
 
 
 @pytest.mark.parametrize("name", [None, *GENERATE_MISTAKES], ids=str)
