@@ -317,24 +317,35 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
-# Rows of the own side × of the other side, warps: the shapes that ptxas compiles without spilling
-# (python benchmark.py kernels), by kernel and by D_PAD.  float32 has no tensor cores: small tiles.
+# Rows of the own side × of the other side, warps; by kernel and D_PAD.  Of the shapes that ptxas
+# compiles without spilling registers (python benchmark.py kernels), the larger ones.  No GPU was at
+# hand to time them.  float32 has no tensor cores and wants small tiles: 16 × 16, and these warps.
 BLOCKS = {
     forward_kernel: {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
     dq_kernel:      {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
     dkv_kernel:     {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
 }
-BLOCKS_FLOAT32 = {64: (16, 16, 4), 128: (16, 16, 4), 256: (16, 32, 8)}
+WARPS_FLOAT32 = {
+    forward_kernel: {64: 4, 128: 8, 256: 8},
+    dq_kernel:      {64: 8, 128: 4, 256: 4},
+    dkv_kernel:     {64: 4, 128: 4, 256: 8},
+}
+
+
+def block_sizes(kernel, D, dtype):
+    """How a kernel is cut for heads D wide."""
+    D_PAD = max(16, 1 << (D - 1).bit_length())                             # what tl.dot multiplies
+    rows, cols, warps = BLOCKS[kernel][max(64, D_PAD)]
+    if dtype == torch.float32:
+        rows, cols, warps = 16, 16, WARPS_FLOAT32[kernel][max(64, D_PAD)]
+    return dict(D=D, D_PAD=D_PAD, ROWS=rows, COLS=cols, num_warps=warps, num_stages=2)
 
 
 def launch(kernel, rows, q, arguments):
     """Run one program for every (batch and head, block of `rows`)."""
     B, H, _, D = q.shape
-    D_PAD = max(16, 1 << (D - 1).bit_length())                             # what tl.dot multiplies
-    width = max(64, D_PAD)
-    own, other, warps = (BLOCKS_FLOAT32 if q.dtype == torch.float32 else BLOCKS[kernel])[width]
-    kernel[B * H, -(-rows // own)](*arguments, D=D, D_PAD=D_PAD, ROWS=own, COLS=other,
-                                   num_warps=warps, num_stages=2)
+    sizes = block_sizes(kernel, D, q.dtype)
+    kernel[B * H, -(-rows // sizes["ROWS"])](*arguments, **sizes)
 
 
 @torch.library.custom_op("window_attention::forward", mutates_args=())

@@ -3,6 +3,8 @@
     python benchmark.py prefill         read a prompt of 2048 tokens: all logits, and the last alone
     python benchmark.py load            from_pretrained and one look at every weight: time, peak memory
     python benchmark.py first-token     from the command line to the first token of text
+    python benchmark.py attention       one layer through every backend (benchmarks/backends.py)
+    python benchmark.py kernels         the Triton kernels compiled, without a GPU (benchmarks/kernels.py)
 
 Both sides get the same weights (random, in an official shape), the same dtype and threads, and turns
 one after the other, since machines drift; ratios are taken turn by turn.  The reference runs as its
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import backends, kernels
 from neo import GPTNeoConfig, GPTNeoForCausalLM
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -81,7 +84,7 @@ def prefill(args):
     import transformers
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype or "float32")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         weights(args.shape, folder)
         ours = SHAPES[args.shape][0].from_pretrained(folder, torch_dtype=dtype)
@@ -93,7 +96,7 @@ def prefill(args):
                 "ours": seconds(lambda: ours(ids, logits_to_keep=keep)),
                 "transformers": seconds(lambda: theirs(ids, logits_to_keep=keep, use_cache=False)),
             }, args.rounds)
-            show(f"prefill of {args.tokens} tokens, {args.shape} shape, {args.dtype}, {title}",
+            show(f"prefill of {args.tokens} tokens, {args.shape} shape, {str(dtype)[6:]}, {title}",
                  figures, "s")
             result[title] = figures
     return result
@@ -166,17 +169,26 @@ def first_token(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["prefill", "load", "first-token", "all"])
+    parser.add_argument("what", choices=["prefill", "load", "first-token", "attention", "kernels", "all"])
     parser.add_argument("--shape", choices=SHAPES, default="gpt-neo-125m")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="default float32; attention on a GPU float16")
     parser.add_argument("--rounds", type=int, default=5)
+    layer = parser.add_argument_group("attention")
+    layer.add_argument("--device", help="default: cuda where there is one")
+    layer.add_argument("--lengths", type=int, nargs="+", metavar="T")
+    layer.add_argument("--heads", type=int, default=12)
+    layer.add_argument("--head-dim", type=int, default=64, metavar="D")
+    layer.add_argument("--window", type=int, default=256, metavar="W")
+    layer.add_argument("--plot", metavar="FILE")
     parser.add_argument("--json", metavar="FILE", help="also write every figure to a file")
     args = parser.parse_args()
     versions = (f"python {platform.python_version()}, torch {torch.__version__}, "
                 f"{torch.get_num_threads()} threads")
     print(f"{platform.system()} {platform.machine()}, {versions}")
-    commands = {"prefill": prefill, "load": load, "first-token": first_token}
+    commands = {"prefill": prefill, "load": load, "first-token": first_token,
+                "attention": backends.run, "kernels": kernels.run}
     chosen = commands if args.what == "all" else [args.what]
     result = {name: commands[name](args) for name in chosen}
     if args.json:

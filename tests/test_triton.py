@@ -95,7 +95,7 @@ def error_ratios(dtype, upcast, seeds):
 
 @pytest.mark.parametrize("upcast", [True, False], ids=["GPT-Neo", "GPT-NeoX"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 200), marks=pytest.mark.slow)], ids=["20", "180"])
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 120), marks=pytest.mark.slow)], ids=["20", "100"])
 def test_error_against_float64(dtype, upcast, seeds):
     """At most 1.2 times naive's own error in the same dtype, 2 times for the gradients.  (float32 is the
     same function with and without upcast.)"""
@@ -159,7 +159,7 @@ def test_a_nan_value_stays_among_the_query_blocks_that_visit_it():
     v[0, 0, 100] = float("nan")
     out = A.attention(q, k, v, scale=1.0, window=30, backend="triton")
     reached = set(out[0, 0].isnan().any(-1).nonzero().flatten().tolist())
-    block = A.BLOCKS_FLOAT32[64][0]
+    block = A.block_sizes(A.forward_kernel, 16, torch.float32)["ROWS"]
     assert set(range(100, 130)) <= reached <= set(range(100 // block * block, (129 // block + 1) * block))
     assert A.attention(q, k, v, scale=1.0, window=30, backend="naive").isnan().all()
 
