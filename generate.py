@@ -283,7 +283,7 @@ def arguments(argv=None):
     add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", default="float32", metavar="NAME",
         help="float32, bfloat16, float16, auto (the checkpoint's)")
-    add("--backend", default="auto", metavar="NAME", help="attention: auto, naive, sdpa")
+    add("--backend", default="auto", metavar="NAME", help="attention: auto, naive, sdpa, triton, flash")
     add("--interactive", action="store_true", help="read prompts from standard input, one a line")
     args = parser.parse_args(argv)
     if args.prompt is None and not args.interactive:

@@ -36,6 +36,9 @@ def block_mask(T, window, device):
 BACKENDS = {**{name: functools.partial(A.attention, backend=name) for name in A.BACKENDS}, "flex": flex}
 
 
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"]          # told apart by everyone (Okabe and Ito)
+
+
 def whole(backend, q, k, v, do, **how):
     """Forward and backward: output and gradients."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -136,8 +139,9 @@ def plot(result, lengths, title, file):
             points = [(T, r["naive"] / r[backend]) for T, r in zip(lengths, rows)
                       if isinstance(r["naive"], float) and isinstance(r[backend], float)]
             if points:
-                panel.plot(*zip(*points), marker="osv^D"[n], color=f"C{n}", label=backend)
-        panel.set(title=f"{layer} layer, {'forward and backward' if backward else 'forward'}", xscale="log", yscale="log")
+                panel.plot(*zip(*points), marker="osv^D"[n], color=COLOURS[n], label=backend)
+        panel.set(title=f"{layer} layer, {'forward and backward' if backward else 'forward'}", xscale="log")
+        panel.set_ylim(bottom=0)
         panel.set_xticks(lengths, [str(T) for T in lengths])
         panel.minorticks_off()
         panel.grid(alpha=0.3)

@@ -132,9 +132,10 @@ def test_command_lines_parse():
 
 
 def test_core_imports_stay_light():
-    """The models need torch and small things: no transformers, no hub, no plots until they are asked for."""
+    """The models need torch and small things: no transformers, no hub, no plots until they are asked for.
+    (triton is imported where it is installed, since its kernels stand in attention.py.)"""
     code = ("import sys; import neo, neox, attention, load_weights, generate, tokenizer; "
-            "print([m for m in ('transformers', 'huggingface_hub', 'matplotlib', 'triton.language', 'flash_attn', "
+            "print([m for m in ('transformers', 'huggingface_hub', 'matplotlib', 'flash_attn', "
             "'tokenizers', 'pandas') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
