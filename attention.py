@@ -345,7 +345,8 @@ def launch(kernel, rows, q, arguments):
     """Run one program for every (batch and head, block of `rows`)."""
     B, H, _, D = q.shape
     sizes = block_sizes(kernel, D, q.dtype)
-    kernel[B * H, -(-rows // sizes["ROWS"])](*arguments, **sizes)
+    with torch.cuda.device_of(q):                          # Triton launches on the current device
+        kernel[B * H, -(-rows // sizes["ROWS"])](*arguments, **sizes)
 
 
 @torch.library.custom_op("window_attention::forward", mutates_args=())
