@@ -1,0 +1,108 @@
+"""The compiled step gives what the model gives: logits, and so the same text."""
+
+import shutil
+
+import pytest
+import torch
+
+import decode
+import generate
+from attention import KVCache
+from conftest import ROOT
+from helpers import ours, random_case, relative
+from load_weights import AutoModelForCausalLM
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+
+
+def both_ways(model, ids, mask, steps):
+    """Logits (steps, B, V) of the plain and of the compiled step, both fed the plain one's greedy ids."""
+    B, T = ids.shape
+    caches = [KVCache(model.config, B, T + steps, model.dtype) for _ in range(2)]
+    step, found = decode.Step(model, caches[1]), ([], [])
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    new = ids
+    with torch.no_grad():
+        for n in range(steps + 1):
+            plain = model(new, mask, position_ids, cache=caches[0]).logits[:, -1]
+            if n == 0:
+                model(new, mask, position_ids, cache=caches[1])
+            else:
+                found[0].append(plain)
+                found[1].append(step(new, mask, position_ids))
+            new, mask = plain.argmax(-1, keepdim=True), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            position_ids = position_ids[:, -1:] + 1
+    return [torch.stack(x) for x in found]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 14))])
+def test_logits_of_random_models(seed, padded):
+    """Both families, windows 1 to 13 and their rings, both residual forms, all activations; three rows of
+    different length, or one."""
+    case = random_case(seed)
+    model = ours(case, torch.float64, backend="sdpa").float()
+    B = 3 if padded else 1
+    ids = torch.randint(1, 97, (B, 11), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :10], mask[1, :4] = 0, 0
+    plain, compiled = both_ways(model, ids, mask, 24)
+    assert relative(compiled, plain) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["demo-neo", "demo-neox"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_is_no_larger(name, dtype):
+    """Against the same weights in float64, across the edge of the window of 64: the compiled step errs no more
+    than 1.1 times as much as the plain one."""
+    folder = ROOT / "checkpoints" / name
+    model, exact = (AutoModelForCausalLM.from_pretrained(folder, torch_dtype=d) for d in (dtype, torch.float64))
+    exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    ids = torch.randint(0, 1400, (1, 50), generator=torch.Generator().manual_seed(0))
+    plain, compiled = both_ways(model, ids, torch.ones_like(ids), 30)
+    fed = torch.cat([ids, plain[:-1].argmax(-1).T], 1)
+    # the first id fed is the prompt's own continuation, which both_ways took from the prompt's last logits
+    with torch.no_grad():
+        first = model(ids).logits[:, -1].argmax(-1, keepdim=True)
+        truth = exact(torch.cat([ids, first, fed[:, ids.size(1):]], 1)).logits[0, ids.size(1):]
+    ratio = relative(compiled[:, 0], truth) / relative(plain[:, 0], truth)
+    print(f"{name} {dtype}: error {ratio:.2f} of the plain step's")
+    assert ratio <= 1.1
+
+
+@pytest.mark.parametrize("name", ["demo-neo", "demo-neox"])
+def test_greedy_text_is_the_same(name):
+    """200 tokens, past the window; where the two part, the two likeliest tokens were as good as tied."""
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "checkpoints" / name)
+    ids = torch.randint(0, 1400, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    plain, compiled = (model.generate(ids, mask, do_sample=False, max_new_tokens=200, eos_token_id=None, pad_token_id=0,
+                                      compile=c) for c in (False, True))
+    for row in (plain != compiled).any(1).nonzero().flatten().tolist():
+        at = (plain[row] != compiled[row]).nonzero()[0].item()
+        with torch.no_grad():
+            top = model(plain[row:row + 1, mask[row].argmin():at]).logits[0, -1].topk(2).values
+        assert top[0] - top[1] < 1e-4
+    sampled = [model.generate(ids, mask, do_sample=True, max_new_tokens=30, generator=torch.Generator().manual_seed(5),
+                              pad_token_id=0, compile=c) for c in (False, True)]
+    assert torch.equal(*sampled)
+
+
+def test_nothing_is_compiled_again_as_the_text_grows():
+    """Two texts of other lengths and caches of other sizes, through the edge of the window."""
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "checkpoints" / "demo-neo")
+    ids = torch.randint(0, 1400, (1, 300), generator=torch.Generator().manual_seed(1))
+    model.generate(ids[:, :3], max_new_tokens=3, compile=True, eos_token_id=None)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        model.generate(ids[:, :50], max_new_tokens=30, compile=True, eos_token_id=None)
+        model.generate(ids, max_new_tokens=20, compile=True, eos_token_id=None)
+
+
+def test_no_compiler(monkeypatch, capsys):
+    """Said in one line, before anything is read or written."""
+    monkeypatch.setattr(decode.shutil, "which", lambda name: None)
+    assert generate.main(["HAMLET.", "--compile", "--device", "cpu"]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("error: compiled decoding needs a C++ compiler") and out.err.count("\n") == 1
