@@ -1,6 +1,10 @@
 """Speed and memory, side by side with transformers in one run.
 
-    python benchmark.py prefill         read a prompt of 2048 tokens: all logits, and the last alone
+    python benchmark.py prefill         read a prompt of 2048 tokens           (benchmarks/generation.py)
+    python benchmark.py decode          one token more, at contexts 16 and 1900
+    python benchmark.py batch           tokens a second of 1, 4 and 16 rows
+    python benchmark.py memory          peak memory of reading and writing 2048 tokens
+    python benchmark.py ceilings        what this machine reads and multiplies at most
     python benchmark.py load            from_pretrained and one look at every weight: time, peak memory
     python benchmark.py first-token     from the command line to the first token of text
     python benchmark.py attention       one layer through every backend (benchmarks/backends.py)
@@ -25,37 +29,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import backends, kernels
-from neo import GPTNeoConfig, GPTNeoForCausalLM
-from neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from benchmarks import backends, generation, kernels
+from benchmarks.generation import in_turns, seconds
+from benchmarks.shapes import SHAPES, model_class, write
+from neo import GPTNeoForCausalLM
 
 HERE = Path(__file__).resolve().parent
-SHAPES = {
-    "gpt-neo-125m": (GPTNeoForCausalLM, GPTNeoConfig(
-        hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]])),
-    "pythia-160m": (GPTNeoXForCausalLM, GPTNeoXConfig(
-        vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-        intermediate_size=3072, eos_token_id=0)),
-}
-
-
-def weights(shape, folder):
-    """A checkpoint of an official shape with random weights, in float32."""
-    torch.manual_seed(0)
-    model_class, config = SHAPES[shape]
-    model_class(config).save_pretrained(folder)
-    return folder
-
-
-def in_turns(runs, rounds):
-    """{name: function that measures} -> {name: its figures}, everyone once in each round."""
-    figures = {name: [] for name in runs}
-    for i in range(rounds + 1):                            # the first round warms up
-        for name, run in runs.items():
-            figure = run()
-            if i:
-                figures[name].append(figure)
-    return figures
+HERE = Path(__file__).resolve().parent
 
 
 def show(title, figures, unit, base="transformers"):
@@ -66,40 +46,6 @@ def show(title, figures, unit, base="transformers"):
         spread = f"({min(values):.3f} to {max(values):.3f})"
         versus = "" if name == base else f"   {statistics.median(ratios):.2f} times less than {base}"
         print(f"  {name:14s} {statistics.median(values):9.3f} {unit}  {spread}{versus}")
-
-
-def seconds(function):
-    """A function that runs `function` and returns how long it took."""
-    def run():
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    return run
-
-
-# ------------------------------------------------------------------------------------------------
-
-def prefill(args):
-    """Forward pass over a long prompt, without a cache."""
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    dtype = getattr(torch, args.dtype or "float32")
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        weights(args.shape, folder)
-        ours = SHAPES[args.shape][0].from_pretrained(folder, torch_dtype=dtype)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        ids = torch.randint(0, 50000, (1, args.tokens))
-        result = {}
-        for keep, title in ((0, "logits of every token"), (1, "logits of the last token")):
-            figures = in_turns({
-                "ours": seconds(lambda: ours(ids, logits_to_keep=keep)),
-                "transformers": seconds(lambda: theirs(ids, logits_to_keep=keep, use_cache=False)),
-            }, args.rounds)
-            show(f"prefill of {args.tokens} tokens, {args.shape} shape, {str(dtype)[6:]}, {title}",
-                 figures, "s")
-            result[title] = figures
-    return result
 
 
 LOADERS = {
@@ -127,13 +73,13 @@ def load(args):
     """from_pretrained in a process of its own, every weight read once; peak above the interpreter's."""
     with tempfile.TemporaryDirectory() as root:
         folder, tiny = f"{root}/whole", f"{root}/tiny"
-        weights(args.shape, folder)
-        model_class, _ = SHAPES[args.shape]
+        write(args.model, folder)
+        kind = model_class(SHAPES[args.model])
         small = dict(vocab_size=8, hidden_size=8, max_position_embeddings=8)
         small |= (dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])
-                  if model_class is GPTNeoForCausalLM else
+                  if kind is GPTNeoForCausalLM else
                   dict(num_hidden_layers=1, num_attention_heads=2, rotary_pct=1.0, intermediate_size=8))
-        model_class(model_class.config_class(**small)).save_pretrained(tiny)    # to import everything
+        kind(kind.config_class(**small)).save_pretrained(tiny)    # to import everything
         size = os.path.getsize(f"{folder}/model.safetensors")
 
         def measure(name):
@@ -145,7 +91,7 @@ def load(args):
         both = in_turns({name: lambda name=name: measure(name) for name in LOADERS}, args.rounds)
     time_figures = {name: [pair[0] for pair in pairs] for name, pairs in both.items()}
     peak_figures = {name: [pair[1] / size for pair in pairs] for name, pairs in both.items()}
-    show(f"from_pretrained, {args.shape} shape, float32 safetensors of {size / 1e6:.0f} MB",
+    show(f"from_pretrained, {args.model} shape, float32 safetensors of {size / 1e6:.0f} MB",
          time_figures, "s")
     show("peak memory above the interpreter's, in sizes of the file", peak_figures, "×")
     return {"seconds": time_figures, "peak / file": peak_figures}
@@ -167,32 +113,45 @@ def first_token(args):
     return figures
 
 
+COMMANDS = {**generation.COMMANDS, "load": load, "first-token": first_token,
+            "attention": backends.run, "kernels": kernels.run}
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["prefill", "load", "first-token", "attention", "kernels", "all"])
-    parser.add_argument("--shape", choices=SHAPES, default="gpt-neo-125m")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*COMMANDS, "all"])
+    parser.add_argument("--model", choices=SHAPES, default="gpt-neo-125m", help="an official shape; its weights are random")
+    parser.add_argument("--against", metavar="NAMES", help="transformers (default), llama.cpp, or both with a comma")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="default float32; attention on a GPU float16")
     parser.add_argument("--rounds", type=int, default=5)
-    layer = parser.add_argument_group("attention")
-    layer.add_argument("--device", help="default: cuda where there is one")
-    layer.add_argument("--lengths", type=int, nargs="+", metavar="T")
-    layer.add_argument("--heads", type=int, default=12)
-    layer.add_argument("--head-dim", type=int, default=64, metavar="D")
-    layer.add_argument("--window", type=int, default=256, metavar="W")
-    layer.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--tokens", type=int, default=2048, help="prefill: length of the prompt")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="T", help="prefill and attention: several lengths")
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="T", default=[16, 1900], help="decode")
+    parser.add_argument("--new-tokens", type=int, default=24, metavar="N", help="decode and batch: tokens a turn")
+    parser.add_argument("--device", help="attention: default cuda where there is one")
+    parser.add_argument("--heads", type=int, default=12, help="attention")
+    parser.add_argument("--head-dim", type=int, default=64, metavar="D", help="attention")
+    parser.add_argument("--window", type=int, default=256, metavar="W", help="attention")
+    parser.add_argument("--plot", metavar="FILE", help="prefill, decode, attention: also a picture")
     parser.add_argument("--json", metavar="FILE", help="also write every figure to a file")
     args = parser.parse_args()
     versions = (f"python {platform.python_version()}, torch {torch.__version__}, "
                 f"{torch.get_num_threads()} threads")
-    print(f"{platform.system()} {platform.machine()}, {versions}")
-    commands = {"prefill": prefill, "load": load, "first-token": first_token,
-                "attention": backends.run, "kernels": kernels.run}
-    chosen = commands if args.what == "all" else [args.what]
-    result = {name: commands[name](args) for name in chosen}
+    print(f"{processor()}, {platform.system()} {platform.machine()}, {versions}")
+    chosen = COMMANDS if args.what == "all" else [args.what]
+    result = {name: COMMANDS[name](args) for name in chosen}
     if args.json:
         Path(args.json).write_text(json.dumps({"versions": versions, **result}, indent=2) + "\n")
+
+
+def processor():
+    """Its name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""The same three things asked of everyone: read a prompt, stand at a context, write n tokens greedily.
+
+Same weights, same threads, same dtype.  Each runs as its users run it: transformers with its own default
+attention and cache; llama.cpp (benchmarks/llama_cpp.py) on the same numbers in a GGUF file.
+"""
+
+import time
+
+import torch
+
+from attention import KVCache
+from load_weights import AutoModelForCausalLM
+
+
+class Ours:
+    def __init__(self, folder, dtype, compile=False):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype)
+        self.compile = compile
+
+    @torch.no_grad()
+    def prefill(self, ids, keep=1):
+        self.model(ids, logits_to_keep=keep)
+
+    @torch.no_grad()
+    def stand_at(self, ids, room):
+        """Read ids (B, T) into a cache with room for more."""
+        self.cache = KVCache(self.model.config, ids.size(0), ids.size(1) + room, self.model.dtype)
+        self.mask = torch.ones(ids.size(0), ids.size(1) + room, dtype=torch.long)
+        self.new = self.model(ids, cache=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        self.context, self.step = ids.size(1), None
+        if self.compile:
+            from decode import Step
+            self.step = Step(self.model, self.cache)
+
+    @torch.no_grad()
+    def write(self, n):
+        """Seconds of each of n tokens.  The context then stands where it was: what a ring has lost costs
+        the same to read."""
+        times, new = [], self.new
+        for i in range(n):
+            start = time.perf_counter()
+            mask, position_ids = self.mask[:, :self.context + i + 1], torch.full_like(new, self.context + i)
+            if self.step is None:
+                logits = self.model(new, mask, position_ids, cache=self.cache).logits[:, -1]
+            else:
+                logits = self.step(new, mask, position_ids)
+            new = logits.argmax(-1, keepdim=True)
+            times.append(time.perf_counter() - start)
+        self.cache.length = self.context
+        return times
+
+
+class Transformers:
+    def __init__(self, folder, dtype):
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    @torch.no_grad()
+    def prefill(self, ids, keep=1):
+        self.model(ids, logits_to_keep=keep, use_cache=False)
+
+    @torch.no_grad()
+    def stand_at(self, ids, room):
+        out = self.model(ids, use_cache=True, logits_to_keep=1)
+        self.cache, self.context = out.past_key_values, ids.size(1)
+        self.new = out.logits[:, -1].argmax(-1, keepdim=True)
+
+    @torch.no_grad()
+    def write(self, n):
+        times, new = [], self.new
+        for _ in range(n):
+            start = time.perf_counter()
+            new = self.model(new, past_key_values=self.cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+            times.append(time.perf_counter() - start)
+        self.cache.crop(-n)
+        return times
+
+
+def competitor(name, folder, dtype):
+    """One of: ours, compiled, transformers, llama.cpp."""
+    if name == "llama.cpp":
+        from benchmarks.llama_cpp import LlamaCpp
+        return LlamaCpp(folder, dtype)
+    if name == "transformers":
+        return Transformers(folder, dtype)
+    return Ours(folder, dtype, compile=name == "compiled")
