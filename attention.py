@@ -19,19 +19,26 @@ the S positions, and returns (B, H, T, D) in v's dtype.
 from __future__ import annotations       # so that tl.constexpr may be written where triton is missing
 
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit(do_not_specialize=("T", "S", "window"))      # else each new length compiles anew
-except Exception as error:                                        # broken is as good as missing
-    triton, no_triton = None, error
+# Triton takes a fifth of a second and 50 MB to import, so only where its kernels could run.
+triton, no_triton = None, ("there is no CUDA GPU; without one, set TRITON_INTERPRET=1 before Python starts "
+                           "(slow), or use 'sdpa'")
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
+    try:
+        import triton
+        import triton.language as tl
+    except Exception as error:                             # broken is as good as missing
+        no_triton = f"importing the triton package failed ({error}); pip install triton==3.7.1"
 
-    def jit(kernel):
-        return kernel                                             # to be read, not run
+
+def jit(kernel):
+    """triton.jit, or without Triton the function itself, to be read and not run."""
+    # lengths stay variables: else each new one would compile anew
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=("T", "S", "window"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -411,8 +418,8 @@ def triton_attention(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0,
     """
     import_triton()
     if not q.is_cuda and not INTERPRETED:
-        raise ValueError(f"attention backend 'triton' needs a CUDA GPU, got tensors on {q.device}; "
-                         "without one, set TRITON_INTERPRET=1 before Python starts (slow), or use 'sdpa'")
+        raise ValueError(f"attention backend 'triton' runs on a CUDA GPU, got tensors on {q.device}; use "
+                         "'sdpa', or set TRITON_INTERPRET=1 before Python starts (slow)")
     check_tensors("triton", q, k, v, (torch.float32, torch.float16, torch.bfloat16))
     if dropout:
         raise ValueError(f"attention backend 'triton' has no dropout, got {dropout}; use 'sdpa', or "
@@ -427,10 +434,9 @@ def triton_attention(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0,
 
 
 def import_triton():
-    """Raise ImportError, with the reason, where triton did not import."""
+    """Raise ImportError, with the reason, where triton was not imported."""
     if triton is None:
-        raise ImportError("attention backend 'triton' needs the triton package (pip install triton==3.7.1), "
-                          f"whose import failed: {no_triton}")
+        raise ImportError(f"attention backend 'triton' cannot run here: {no_triton}")
 
 
 def check_tensors(backend, q, k, v, dtypes):

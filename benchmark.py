@@ -27,6 +27,9 @@ import tempfile
 import time
 from pathlib import Path
 
+if "kernels" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "0")         # attention.py then imports triton without a GPU
+
 import torch
 
 from benchmarks import backends, generation, kernels

@@ -191,7 +191,7 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
     ids, new = input_ids, input_ids
     while True:
         if step is None or not cache.length:
-            logits = model(new, mask, position_ids, cache=cache, logits_to_keep=1).logits[:, -1]
+            logits = read(model, new, mask, position_ids, cache)
         else:
             logits = step(new, mask, position_ids)
         scores = logits.float()                                                        # (B, V)
@@ -210,6 +210,24 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
             return
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         position_ids = position_ids[:, -1:] + 1
+
+
+CHUNK = 512                                                # tokens that pass through the model at once
+
+
+def read(model, ids, mask, position_ids, cache):
+    """Let the cache grow by ids (B, T); logits (B, V) after the last.
+
+    A long prompt is read in chunks, so that memory does not grow with its square.  The definition
+    reads it in one piece, as the reference does: its last bits depend on the shapes multiplied.
+    """
+    past, T = cache.length, ids.size(1)
+    chunk = T if choose_backend(model.attn_implementation) == "naive" else CHUNK
+    for start in range(0, T, chunk):
+        end = min(start + chunk, T)
+        out = model(ids[:, start:end], mask[:, :past + end], position_ids[:, start:end], cache=cache,
+                    logits_to_keep=1)
+    return out.logits[:, -1]
 
 
 def compiled_step(model, cache):

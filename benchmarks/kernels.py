@@ -167,7 +167,7 @@ def show_computed(T, window, heads, D):
 def run(args):
     """Both tables.  Exits with status 1 if a kernel spills, does not fit, or leaves the tensor cores idle."""
     if A.triton is None or A.INTERPRETED:
-        raise SystemExit("benchmark.py kernels compiles: it needs triton, and TRITON_INTERPRET not set")
+        raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and TRITON_INTERPRET not set to 1")
     found = compile_all(WIDTHS, DTYPES)
     print("\nCompiled ahead of time, without a GPU: the most registers, spilled bytes and shared memory, and the fewest "
           "tensor-core\ninstructions, of float16 and bfloat16, with key padding and without\n")

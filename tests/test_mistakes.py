@@ -65,7 +65,7 @@ CACHE_MISTAKES = {
 GENERATE_MISTAKES = {
     "positions count the padding": ("generate.py", "(mask.cumsum(-1) - 1).clamp(min=0)",
                                     "torch.arange(T).expand(B, T)"),
-    "padding is read": ("generate.py", "logits = model(new, mask, position_ids", "logits = model(new, None, position_ids"),
+    "padding is read": ("generate.py", "read(model, new, mask, position_ids", "read(model, new, torch.ones_like(mask), position_ids"),
     "ended rows do not draw": ("generate.py", "token = choose(scores, settings, generator)",
                                "token = torch.zeros(B, dtype=torch.long).masked_scatter(~done, choose(scores[~done], "
                                "settings, generator))"),

@@ -349,7 +349,7 @@ def test_what_it_cannot_do_it_says(monkeypatch):
     with pytest.raises(ValueError, match="never forms"):
         A.attention(q, q, q, scale=1.0, backend="triton", return_weights=True)
     monkeypatch.setattr(A, "INTERPRETED", False)
-    with pytest.raises(ValueError, match="needs a CUDA GPU, got tensors on cpu; without one, set TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match="runs on a CUDA GPU, got tensors on cpu; use 'sdpa', or set TRITON_INTERPRET=1"):
         A.attention(q, q, q, scale=1.0, backend="triton")
 
 
@@ -366,12 +366,12 @@ def test_without_triton(tmp_path, broken, reason):
             "try: attention.attention(q, q, q, scale=1.0, backend='triton')\n"
             "except ImportError as error: print(error)")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "needs the triton package" in out and reason in out
+    assert "backend 'triton' cannot run here: importing the triton package failed" in out and reason in out
 
 
 def test_the_command_line_says_it_in_one_line():
     """Outside the interpreter, on a CPU."""
     out = subprocess.run([sys.executable, "generate.py", "HAMLET.", "--backend", "triton", "--device", "cpu"], cwd=ROOT,
                          capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "HOME": str(ROOT)})
-    assert out.returncode == 2 and out.stderr.startswith("error: attention backend 'triton' needs a CUDA GPU")
+    assert out.returncode == 2 and out.stderr.startswith("error: attention backend 'triton' cannot run here: there is no CUDA GPU")
     assert out.stderr.count("\n") == 1
