@@ -652,3 +652,9 @@ class KVCache:
     def advance(self, T):
         """T tokens have passed through every layer."""
         self.length += T
+
+    def keep(self, rows):
+        """Forget all rows of the batch but these: rows (B,) bool."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.batch_size = int(rows.sum())

@@ -13,8 +13,8 @@ Two things keep torch's own kernels from it on a CPU, and each has its form here
 
 torch.compile turns each block into a few loops; `whole` keeps it from folding the LayerNorm before
 a matrix into the loop over the matrix, where it would be computed again for every row.  A block is
-compiled once, not once a layer or a length: the lengths are dynamic, the cache is a KVCache, whose
-slots never move.  The blocks are those of neo.py and neox.py, for T = 1.
+compiled twice, for caches partly and wholly filled, not once a layer or a length: lengths are
+dynamic, and the cache is a KVCache, whose slots never move.  The blocks are those of neo.py and neox.py, for T = 1.
 """
 
 import os
@@ -23,6 +23,7 @@ import shutil
 import torch
 import torch.nn.functional as F
 
+from attention import at_least_float32
 from neox import GPTNeoXConfig, rotary_tables, rotate
 
 
@@ -39,7 +40,7 @@ def one_row(x, weight, bias=None):
     """Linear layer for x (B, K) -> (B, N).  For more rows than one torch's own matrix product wins."""
     if x.size(0) > 1:
         return F.linear(x, weight, bias)
-    y = (weight * whole(x)).sum(-1, dtype=torch.float32)                   # (N,)
+    y = (weight * whole(x)).sum(-1, dtype=at_least_float32(x.dtype))       # (N,)
     return (y if bias is None else y + bias).to(x.dtype)[None]
 
 
@@ -51,10 +52,10 @@ def one_query(q, keys, values, slot, k, v, seen, scale):
     keys.index_copy_(2, slot, k[:, :, None])
     values.index_copy_(2, slot, v[:, :, None])
     S = seen.size(1)
-    scores = (keys[:, :, :S] * q[:, :, None]).sum(-1, dtype=torch.float32) * scale       # (B, H, S)
-    scores = scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+    scores = (keys[:, :, :S] * q[:, :, None]).sum(-1, dtype=at_least_float32(q.dtype)) * scale
+    scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)           # (B, H, S)
     weights = whole(scores.softmax(-1))
-    out = (values[:, :, :S] * weights[..., None]).sum(2, dtype=torch.float32)            # (B, H, D)
+    out = (values[:, :, :S] * weights[..., None]).sum(2)                                 # (B, H, D)
     return out.to(q.dtype).flatten(1)
 
 
@@ -114,6 +115,8 @@ class Step:
         check_compiler(model.device)
         self.model, self.cache = model, cache
         self.family = Step.neox_block if isinstance(model.config, GPTNeoXConfig) else Step.neo_block
+        for slots in (*cache.keys, *cache.values):         # one compilation for caches of any length
+            torch._dynamo.maybe_mark_dynamic(slots, 2)
         self.everything = torch.ones(cache.batch_size, cache.max_length, dtype=torch.bool, device=model.device)
 
     @torch.no_grad()
@@ -145,6 +148,7 @@ class Step:
         else:                                              # mask columns, newest last, in slot order
             seen = mask[:, -S:].bool()
             seen = seen if past < slots else seen.roll((past + 1) % slots, dims=1)
+        seen = seen.contiguous()
         torch._dynamo.maybe_mark_dynamic(seen, 1)
         return slot, seen
 

@@ -188,13 +188,17 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
     step = compiled_step(model, cache) if compile else None
     eos = torch.tensor(settings.eos_ids, device=input_ids.device, dtype=torch.long)
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+    shrinks = step is None and choose_backend(model.attn_implementation) != "naive"
+    rows = torch.arange(B, device=input_ids.device)        # those that the model still reads
     ids, new = input_ids, input_ids
     while True:
         if step is None or not cache.length:
             logits = read(model, new, mask, position_ids, cache)
         else:
             logits = step(new, mask, position_ids)
-        scores = logits.float()                                                        # (B, V)
+        scores = logits.float()
+        if len(rows) < B:                                  # ended rows draw too, whatever from
+            scores = scores.new_zeros(B, scores.size(1)).index_copy(0, rows, scores)   # (B, V)
         if settings.repetition_penalty != 1.0:
             scores = penalize(scores, ids, first, settings.repetition_penalty)
         if real_vocab is not None:
@@ -204,12 +208,16 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
             token = token.masked_fill(done, pad)
             done = done | torch.isin(token, eos)
         yield token
-        new = token[:, None]                                                           # (B, 1)
-        ids = torch.cat([ids, new], dim=1)
+        ids = torch.cat([ids, token[:, None]], dim=1)
         if ids.size(1) >= total or done.all():
             return
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         position_ids = position_ids[:, -1:] + 1
+        if shrinks and done[rows].any():                   # no more reading for rows that have ended
+            going = ~done[rows]
+            cache.keep(going)
+            rows, mask, position_ids = rows[going], mask[going], position_ids[going]
+        new = token[rows, None]                                                        # (rows, 1)
 
 
 CHUNK = 512                                                # tokens that pass through the model at once

@@ -91,10 +91,12 @@ def test_greedy_text_is_the_same(name):
 
 
 def test_nothing_is_compiled_again_as_the_text_grows():
-    """Two texts of other lengths and caches of other sizes, through the edge of the window."""
+    """Texts of other lengths and caches of other sizes, through the edge of the window, once there was one
+    step with a full ring of 64 and one without."""
     model = AutoModelForCausalLM.from_pretrained(ROOT / "checkpoints" / "demo-neo")
     ids = torch.randint(0, 1400, (1, 300), generator=torch.Generator().manual_seed(1))
-    model.generate(ids[:, :3], max_new_tokens=3, compile=True, eos_token_id=None)
+    for prompt in (3, 70):
+        model.generate(ids[:, :prompt], max_new_tokens=3, compile=True, eos_token_id=None)
     with torch._dynamo.config.patch(error_on_recompile=True):
         model.generate(ids[:, :50], max_new_tokens=30, compile=True, eos_token_id=None)
         model.generate(ids, max_new_tokens=20, compile=True, eos_token_id=None)

@@ -71,6 +71,50 @@ def test_left_padded_batches_are_the_references(pair, settings):
     assert torch.equal(mine, theirs)
 
 
+def test_rows_that_have_ended_are_no_longer_read(pair, monkeypatch):
+    """The model is called with the going rows alone, and the text of all is that of the definition, which
+    reads every row to the end."""
+    model, sizes = pair[1], []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, ids, *args, **how: (sizes.append(len(ids)),
+                                                                                 forward(self, ids, *args, **how))[1])
+    ids = torch.randint(1, 97, (6, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :13], mask[3, :2] = 0, 0
+    settings = dict(attention_mask=mask, do_sample=True, temperature=2.0, max_new_tokens=80, repetition_penalty=1.2,
+                    eos_token_id=[5, 6, 7], pad_token_id=3)
+    texts = []
+    for backend in ("auto", "naive"):
+        model.set_attn_implementation(backend)
+        sizes.clear()
+        texts.append(model.generate(ids, generator=torch.Generator().manual_seed(4), **settings))
+        ends = [next((i for i, t in enumerate(row) if t in (5, 6, 7)), 99) for row in texts[-1][:, 20:].tolist()]
+        assert len(set(ends)) > 3, "rows must end at different times"
+        assert sizes == ([6] * len(sizes) if backend == "naive" else [sum(end >= n for end in ends) for n in range(len(sizes))])
+    model.set_attn_implementation("auto")
+    assert torch.equal(*texts)
+
+
+def test_a_long_prompt_is_read_in_chunks(pair, monkeypatch):
+    """Pieces of CHUNK tokens with a short one at the end; the same text; the definition reads it whole."""
+    model, calls = pair[1], []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, ids, *args, **how: (calls.append(ids.size(1)),
+                                                                                 forward(self, ids, *args, **how))[1])
+    monkeypatch.setattr(G, "CHUNK", 64)
+    ids = torch.randint(1, 97, (2, 150), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :70] = 0                                       # a whole chunk of padding
+    texts = []
+    for backend, pieces in (("auto", [64, 64, 22]), ("naive", [150])):
+        model.set_attn_implementation(backend)
+        calls.clear()
+        texts.append(model.generate(ids, mask, max_new_tokens=20, eos_token_id=None, pad_token_id=0))
+        assert calls == pieces + [1] * 19
+    model.set_attn_implementation("auto")
+    assert torch.equal(*texts)
+
+
 def test_mask_is_inferred_as_the_reference_infers_it(pair):
     """Without a mask, pad ids are padding only if pad cannot be an end of text."""
     ids = torch.randint(4, 97, (2, 9), generator=torch.Generator().manual_seed(3))
