@@ -109,10 +109,14 @@ class Step:
     Raises RuntimeError where there is no C++ compiler for a model on a CPU.
     """
 
-    neo_block, neox_block, logits = (torch.compile(f) for f in (neo_block, neox_block, logits))
+    neo_block, neox_block, logits = (
+        torch.compile(f, fullgraph=True) for f in (neo_block, neox_block, logits))      # or an error
 
     def __init__(self, model, cache):
         check_compiler(model.device)
+        # Another model, dtype or batch is another compilation.  At torch's limit of 8 the ninth would
+        # silently run uncompiled, slower than torch's own kernels and less exact.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.model, self.cache = model, cache
         self.family = Step.neox_block if isinstance(model.config, GPTNeoXConfig) else Step.neo_block
         for slots in (*cache.keys, *cache.values):         # one compilation for caches of any length
