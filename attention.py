@@ -1,4 +1,4 @@
-"""Causal attention: the rule, the definition, the fast form, the dispatch, the cache.
+"""Causal attention: the rule, the definition, three faster forms, the dispatch, the cache.
 
     B  batch                        H  heads
     T  queries: the new tokens      S  keys in view: cached + new, S >= T
@@ -363,7 +363,7 @@ def triton_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: 
 
     m and l are kept apart, since their sum, the log-sum-exp, is rounded where p feels it.
     """
-    (B, H, T, D), S = q.shape, k.size(2)
+    (B, H, T, _), S = q.shape, k.size(2)
     o = torch.empty_like(q)                                # in q's layout: heads join without a copy
     m, l = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     launch(forward_kernel, T, q, (q, k, v, key_mask, o, m, l, q.stride(), k.stride(), v.stride(),

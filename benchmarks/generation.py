@@ -11,7 +11,6 @@ reported.  A share is of the floor: bytes of weights and cache over the read ban
 matrix product's rate, both measured here just before.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,6 @@ import torch
 
 from benchmarks.competitors import competitor
 from benchmarks.shapes import SHAPES, write
-from generate import peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ import torch
 import test_cache
 import test_triton
 from conftest import ROOT
-from helpers import Case, assert_bit_equal, ours, random_case, reference, relative, saved
+from helpers import Case, assert_bit_equal, ours, reference, relative
 
 FILES = ["attention", "base", "generate", "load_weights", "neo", "neox"]
 

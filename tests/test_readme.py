@@ -14,10 +14,9 @@ import transformers
 import compare
 import generate
 import train
+from benchmarks.shapes import SHAPES, model_class
 from conftest import ROOT
 from load_weights import AutoTokenizer
-from neo import GPTNeoConfig, GPTNeoForCausalLM
-from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -65,25 +64,13 @@ def test_equality_table_whole(capsys):
         assert [cell.strip() for cell in capsys.readouterr().out.strip().strip("|").split("|")] == row
 
 
-SIZES = {
-    "gpt-neo-125m": GPTNeoConfig(hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]]),
-    "gpt-neo-1.3B": GPTNeoConfig(),
-    "gpt-neo-2.7B": GPTNeoConfig(hidden_size=2560, num_layers=32, num_heads=20, attention_types=[[["global", "local"], 16]]),
-    "gpt-neox-20b": GPTNeoXConfig(),
-} | {f"pythia-{name}": GPTNeoXConfig(vocab_size=V, hidden_size=C, num_hidden_layers=L, num_attention_heads=H,
-                                     intermediate_size=4 * C)
-     for name, L, C, H, V in [("70m", 6, 512, 8, 50304), ("160m", 12, 768, 12, 50304), ("410m", 24, 1024, 16, 50304),
-                              ("1b", 16, 2048, 8, 50304), ("1.4b", 24, 2048, 16, 50304), ("2.8b", 32, 2560, 32, 50304),
-                              ("6.9b", 32, 4096, 32, 50432), ("12b", 36, 5120, 40, 50688)]}
-
-
 def test_sizes():
     """Weights and gigabytes of each official checkpoint, from models built without memory."""
     table = {name: (count, single, half) for name, count, single, half in rows("| checkpoint | weights |")}
-    assert table.keys() == SIZES.keys()
-    for name, config in SIZES.items():
+    assert table.keys() == SHAPES.keys()
+    for name, config in SHAPES.items():
         with torch.device("meta"):
-            count = (GPTNeoForCausalLM if isinstance(config, GPTNeoConfig) else GPTNeoXForCausalLM)(config).num_parameters()
+            count = model_class(config)(config).num_parameters()
         assert table[name] == (f"{count:,}", f"{4 * count / 1e9:.2f} GB", f"{2 * count / 1e9:.2f} GB")
 
 
