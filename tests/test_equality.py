@@ -174,3 +174,13 @@ def test_activations(name):
     for dtype in FLOATS:
         assert torch.equal(ACTIVATIONS[name](wide.to(dtype)), ACT2FN[name](wide.to(dtype)))
     assert (F.gelu(wide) - F.gelu(wide, approximate="tanh")).abs().max() > 4.7e-4
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gelu_in_slices_has_the_same_bits(dtype):
+    """Large inputs take slices where no gradient is wanted; the last slice is a short one."""
+    from base import gelu_new
+    x = torch.randn(2, 333, 2048, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain = gelu_new(x)                                    # with gradients enabled: in one piece
+    with torch.no_grad():
+        assert torch.equal(gelu_new(x), plain)
