@@ -37,7 +37,6 @@ from benchmarks.shapes import SHAPES, model_class, write
 from neo import GPTNeoForCausalLM
 
 HERE = Path(__file__).resolve().parent
-HERE = Path(__file__).resolve().parent
 
 
 def show(title, figures, unit, base="transformers"):

@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 
 from attention import attention, choose_backend
-from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, check_fields, check_inputs, key_mask_of,
-                  next_token_loss)
+from base import (ACTIVATIONS, Linear, ModelOutput, PreTrainedModel, check_fields, check_inputs,
+                  key_mask_of, next_token_loss)
 from generate import generate
 
 
@@ -145,10 +145,10 @@ class Attention(nn.Module):
         self.layer, self.window = layer, config.windows[layer]
         self.D = config.head_dim
         self.attention_dropout = config.attention_dropout
-        self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, C, bias=False)
-        self.v_proj = nn.Linear(C, C, bias=False)
-        self.out_proj = nn.Linear(C, C)                                     # this one has a bias
+        self.q_proj = Linear(C, C, bias=False)
+        self.k_proj = Linear(C, C, bias=False)
+        self.v_proj = Linear(C, C, bias=False)
+        self.out_proj = Linear(C, C)                                        # this one has a bias
 
     def forward(self, x, *, key_mask=None, cache=None, backend="naive", return_weights=False):
         B, T, C = x.shape
@@ -171,9 +171,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.act = ACTIVATIONS[config.activation_function]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(self.act(self.up_proj(x)))                    # (B, T, C)
@@ -256,7 +256,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
     def __init__(self, config, attn_implementation="auto"):
         super().__init__(config, attn_implementation)
         self.transformer = GPTNeoModel(config, attn_implementation)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights(self.lm_head)
         self.tie_weights()
 

@@ -234,18 +234,22 @@ def memory(args):
 
 
 def ceilings(args):
-    """The two rates that the floors are made of, and the one-row product in both forms."""
+    """The two rates that the floors are made of, and the product of one row and of 16 in each form."""
     import decode as compiled
+    from base import few_rows
     found = {"read bandwidth, GB/s": bandwidth() / 1e9}
     for dtype in (torch.float32, torch.bfloat16):
         found[f"matrix product, {name_of(dtype)}, GFLOP/s"] = matrix_rate(dtype) / 1e9
-        x = torch.randn(1, 768).to(dtype)
         weights = [torch.randn(3072, 768).to(dtype) for _ in range(40)]     # more than any cache holds
-        for title, function in (("torch's linear", torch.nn.functional.linear),
-                                ("multiply and sum, compiled", torch.compile(compiled.one_row))):
+        for rows, title, function in ((1, "torch's linear", torch.nn.functional.linear),
+                                      (1, "weight first", few_rows),
+                                      (1, "multiply and sum, compiled", torch.compile(compiled.one_row)),
+                                      (16, "torch's linear", torch.nn.functional.linear),
+                                      (16, "weight first", few_rows)):
+            x = torch.randn(rows, 768).to(dtype)
             function(x, weights[0])
             best = min(seconds(lambda: [function(x, w) for w in weights])() for _ in range(7))
-            found[f"one row, {title}, {name_of(dtype)}, GB/s"] = sum(w.nbytes for w in weights) / best / 1e9
+            found[f"{rows} row{'s' * (rows > 1)}, {title}, {name_of(dtype)}, GB/s"] = sum(w.nbytes for w in weights) / best / 1e9
     for name, value in found.items():
         print(f"  {name:55s} {value:7.1f}")
     return found

@@ -55,10 +55,11 @@ def test_logits_of_random_models(seed, padded):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_is_no_larger(name, dtype):
     """Against the same weights in float64, across the edge of the window of 64: the compiled step errs no more
-    than 1.1 times as much as the plain one."""
+    than 1.1 times as much as the definition."""
     folder = ROOT / "checkpoints" / name
     model, exact = (AutoModelForCausalLM.from_pretrained(folder, torch_dtype=d) for d in (dtype, torch.float64))
     exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    model.set_attn_implementation("naive")
     ids = torch.randint(0, 1400, (1, 50), generator=torch.Generator().manual_seed(0))
     plain, compiled = both_ways(model, ids, torch.ones_like(ids), 30)
     fed = torch.cat([ids, plain[:-1].argmax(-1).T], 1)
@@ -67,7 +68,7 @@ def test_error_is_no_larger(name, dtype):
         first = model(ids).logits[:, -1].argmax(-1, keepdim=True)
         truth = exact(torch.cat([ids, first, fed[:, ids.size(1):]], 1)).logits[0, ids.size(1):]
     ratio = relative(compiled[:, 0], truth) / relative(plain[:, 0], truth)
-    print(f"{name} {dtype}: error {ratio:.2f} of the plain step's")
+    print(f"{name} {dtype}: error {ratio:.2f} of the definition's")
     assert ratio <= 1.1
 
 

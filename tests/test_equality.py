@@ -176,11 +176,33 @@ def test_activations(name):
     assert (F.gelu(wide) - F.gelu(wide, approximate="tanh")).abs().max() > 4.7e-4
 
 
+@pytest.mark.parametrize("shape", [(2, 333, 2048), (16, 64, 1056), (128, 10240)], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_gelu_in_slices_has_the_same_bits(dtype):
-    """Large inputs take slices where no gradient is wanted; the last slice is a short one."""
+def test_gelu_in_slices_has_the_same_bits(dtype, shape):
+    """Large inputs take slices where no gradient is wanted; the last slice is a short one.  Many rows of few
+    tokens, and rows as wide as gpt-neo-2.7B's."""
     from base import gelu_new
-    x = torch.randn(2, 333, 2048, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     plain = gelu_new(x)                                    # with gradients enabled: in one piece
     with torch.no_grad():
         assert torch.equal(gelu_new(x), plain)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_are_a_linear_layer(rows, bias):
+    """The other order of factors errs no more than torch's own; never in the definition, in training, or for
+    another dtype."""
+    from base import Linear
+    torch.manual_seed(rows)
+    layer = Linear(768, 301, bias=bias)
+    x = torch.randn(rows, 1, 768)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    plain = F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), plain)                    # gradients are wanted
+    with torch.no_grad():
+        found = layer(x)
+        assert found.is_contiguous() and found.shape == plain.shape
+        assert (found - exact).norm() <= 1.5 * (plain - exact).norm()
+        layer.exact = True
+        assert torch.equal(layer(x), plain)
