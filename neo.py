@@ -236,7 +236,8 @@ class GPTNeoModel(PreTrainedModel):
         x = self.dropout(self.embed(input_ids) + self.pos_embed(position_ids))      # (B, T, C)
         hidden_states, attentions = [], []
         for block in self.blocks:
-            hidden_states.append(x)
+            if output_hidden_states:                                                # else let it go
+                hidden_states.append(x)
             x, weights = block(x, **how)
             attentions.append(weights)
         if cache is not None:

@@ -258,7 +258,8 @@ class GPTNeoXModel(PreTrainedModel):
 
         hidden_states, attentions = [], []
         for block in self.blocks:
-            hidden_states.append(x)
+            if output_hidden_states:                                                # else let it go
+                hidden_states.append(x)
             x, weights = block(x, **how)
             attentions.append(weights)
         if cache is not None:
