@@ -79,7 +79,8 @@ def naive(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
     The order of operations is transformers' own, so that results agree to the last bit:
     GPT-Neo casts q and k up before the product (`upcast`), GPT-NeoX lets half precision stand
     until the softmax.  Forbidden scores become the lowest finite number rather than -inf: a padded
-    row that may read nothing then averages everything, where -inf would make it NaN.
+    row that may read nothing then averages, where -inf would make it NaN.  What it averages differs:
+    GPT-NeoX fills in one mask, GPT-Neo fills in the rule and adds causal edge and padding on top.
     """
     k, v = k.contiguous(), v.contiguous()        # as transformers' cache leaves them: other strides
     if upcast:                                   # would round differently in some shapes
@@ -87,10 +88,15 @@ def naive(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
     scores = q @ k.transpose(-2, -1)                                       # (B, H, T, S)
     if scale != 1.0:
         scores = scores * scale
-    allowed = visible(q.size(-2), k.size(-2), window, q.device)            # (T, S)
-    if key_mask is not None:
+    T, S = q.size(-2), k.size(-2)
+    allowed = visible(T, S, window, q.device)                              # (T, S)
+    if key_mask is not None and not upcast:
         allowed = allowed & key_mask[:, None, None, :]                     # (B, 1, T, S)
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    if key_mask is not None and upcast:
+        readable = visible(T, S, None, q.device) & key_mask[:, None, None, :]
+        scores = scores + torch.zeros_like(readable, dtype=v.dtype).masked_fill(
+            ~readable, torch.finfo(v.dtype).min)
     weights = scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(v.dtype)
     weights = F.dropout(weights, dropout)                                  # every row summed to 1
     out = weights @ v                                                      # (B, H, T, D)

@@ -19,24 +19,49 @@ from attention import choose_backend
 
 
 # ------------------------------------------------------------------------------------------------
+# A function in slices
+# ------------------------------------------------------------------------------------------------
+
+class InSlices(torch.autograd.Function):
+    """function(x, *others) a slice of rows at a time, where each row is computed by itself: the same bits.
+
+    What lies between a function's steps stays in the processor's cache, and none of it is kept for the
+    backward pass, which computes each slice once more.  Only x gets a gradient, and only a first one.
+    """
+
+    @staticmethod
+    def forward(ctx, function, rows, x, *others):
+        ctx.function, ctx.rows, kind = function, rows, x.device.type
+        ctx.save_for_backward(x, *others)
+        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        return torch.cat([function(*parts) for parts in zip(*(t.split(rows) for t in (x, *others)))])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, *others = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        for target, g, part, *rest in zip(*(t.split(ctx.rows) for t in (dx, grad, x, *others))):
+            with torch.enable_grad(), ctx.autocast:
+                part = part.detach().requires_grad_()
+                y = ctx.function(part, *rest)
+            target.copy_(torch.autograd.grad(y, part, g)[0])
+        return None, None, dx, *(None for _ in others)
+
+
+# ------------------------------------------------------------------------------------------------
 # Activations: four names for two functions, kept apart because their roundings differ
 # ------------------------------------------------------------------------------------------------
 
 def gelu_new(x):
-    """The tanh form of GELU, in the order of transformers' NewGELUActivation, the power included."""
-    if x.device.type == "cpu" and x.numel() > 2**20 and not torch.is_grad_enabled():
-        return in_slices(gelu_new, x)
+    """The tanh form of GELU, in the order of transformers' NewGELUActivation, the power included.
+
+    Seven steps over memory: for large x on a CPU, slices take a quarter of the time ((2048, 3072),
+    float32), and a seventh of what a training step would keep.
+    """
+    if x.numel() > 2**20 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return InSlices.apply(gelu_new, 2**18, x.reshape(-1)).view(x.shape)
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-def in_slices(function, x):
-    """function(x) for an elementwise function, a slice at a time: the same bits, but what lies between its
-    steps stays in the processor's cache.  (2048, 3072) in float32 on a CPU: a quarter of the time."""
-    flat = x.reshape(-1)
-    out = torch.empty_like(flat)
-    for part, target in zip(flat.split(2**18), out.split(2**18)):
-        target.copy_(function(part))
-    return out.view(x.shape)
 
 
 def gelu_fast(x):
@@ -94,7 +119,7 @@ def few_rows(x, weight, bias=None):
 class ModelOutput:
     """What a forward pass returns; None is what was not asked for.
 
-    loss () float32 · logits (B, T, V) · last_hidden_state (B, T, C)
+    loss () float32 · logits (B, T, V) · last_hidden_state (B, T, C) · start_logits, end_logits (B, T)
     hidden_states: L + 1 tensors (B, T, C), the embeddings first, the last after the final norm
     attentions: L tensors (B, H, T, S)
     """
@@ -103,6 +128,8 @@ class ModelOutput:
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple | None = None
     attentions: tuple | None = None
+    start_logits: torch.Tensor | None = None               # question answering
+    end_logits: torch.Tensor | None = None
 
 
 def next_token_loss(logits, labels):
@@ -114,10 +141,22 @@ def next_token_loss(logits, labels):
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels must have the shape of the logits' tokens {tuple(logits.shape[:2])}, "
                          f"got {tuple(labels.shape)} (labels and logits_to_keep exclude each other)")
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]                     # (B, T) shifted left
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1).to(logits.device),
-                           ignore_index=-100)
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device)   # shifted left
+    logits = logits.reshape(-1, logits.size(-1))                           # (B * T, V)
+    if logits.numel() <= 2**20 or torch.compiler.is_compiling():
+        return F.nll_loss(log_probabilities(logits), targets, ignore_index=-100)
+    # The same, and the same bits, without (B * T, V) numbers more than the logits and their gradient.
+    of_targets = InSlices.apply(log_probability_of, 2**22 // logits.size(-1) + 1, logits, targets)
+    return F.nll_loss(of_targets, targets.clamp(max=0), ignore_index=-100)
+
+
+def log_probabilities(logits):
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def log_probability_of(logits, targets):
+    """Of each row's target: logits (N, V), targets (N,) -> (N, 1).  For -100 something finite."""
+    return log_probabilities(logits).gather(-1, targets.clamp(min=0)[:, None])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -190,8 +229,55 @@ def check_fields(config):
             raise ValueError(f"config field {field.name!r} must be at least 1, got {value!r}")
 
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def settle_labels(config):
+    """Let num_labels be the length of id2label where that is given, and 2 where neither is.
+
+    JSON has made strings of id2label's ids.  Raises ValueError where the two contradict each other.
+    """
+    names = config.id2label
+    if names is not None:
+        try:
+            names = {int(i): str(name) for i, name in names.items()}
+        except ValueError:
+            names = {}
+        if not names or sorted(names) != list(range(len(names))):
+            raise ValueError("config field 'id2label' must name the ids 0, 1, ... without a gap, got "
+                             f"{config.id2label!r}")
+        if config.num_labels not in (None, len(names)):
+            raise ValueError(f"config field 'num_labels' is {config.num_labels}, but 'id2label' names "
+                             f"{len(names)}")
+        object.__setattr__(config, "id2label", names)
+    count = len(names) if names else 2 if config.num_labels is None else config.num_labels
+    if count < 1:
+        raise ValueError(f"config field 'num_labels' must be at least 1, got {count}")
+    object.__setattr__(config, "num_labels", count)
+    if config.problem_type not in (None, *PROBLEM_TYPES):
+        raise ValueError(f"config field 'problem_type' is {config.problem_type!r}; "
+                         f"supported: {', '.join(PROBLEM_TYPES)}")
+
+
+def fields_of(config):
+    """{field: value} for config.json, where labels stand as transformers writes them: only id2label and
+    its inverse, no num_labels, and nothing at all for the two that nobody has named."""
+    fields = dataclasses.asdict(config)
+    count, names = fields.pop("num_labels"), fields.pop("id2label")
+    if fields["problem_type"] is None:
+        del fields["problem_type"]
+    if names is None and count != 2:
+        names = {i: f"LABEL_{i}" for i in range(count)}
+    if names is not None:
+        fields |= {"id2label": {str(i): name for i, name in names.items()},
+                   "label2id": {name: i for i, name in names.items()}}
+    return fields
+
+
 class PreTrainedModel(nn.Module):
     """A module that knows its config, its backend, and how to come from and go to a folder."""
+
+    head = None                                            # name of the layer that a task trains, if any
 
     def __init__(self, config, attn_implementation="auto"):
         super().__init__()
@@ -202,17 +288,20 @@ class PreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None,
-                        device=None, attn_implementation="auto"):
+                        device=None, attn_implementation="auto", **changes):
         """Load an official checkpoint from a folder or, if there is none of that name, the hub.
 
         torch_dtype (or dtype, its newer name): a torch dtype or its name; None is float32 and
         "auto" the checkpoint's own.  attn_implementation: see attention.choose_backend.
-        Returns the model in eval mode.  Raises OSError for files that are missing or cannot be
+        changes: fields of the config to set, as num_labels=3 or pad_token_id=0.
+        Returns the model in eval mode; a task head that the checkpoint does not have is drawn afresh,
+        with a warning that names its weights.  Raises OSError for files that are missing or cannot be
         had, ValueError for files that are broken or belong to another model.
         """
         from load_weights import load_pretrained
         return load_pretrained(cls, name_or_folder, revision=revision, torch_dtype=torch_dtype,
-                               dtype=dtype, device=device, attn_implementation=attn_implementation)
+                               dtype=dtype, device=device, attn_implementation=attn_implementation,
+                               changes=changes)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors under the official names, for transformers too."""

@@ -4,7 +4,7 @@
     fetch             a file of a checkpoint, from a folder or from the Hugging Face hub
     load_pretrained   folder or hub id -> model, with one copy of the weights in memory
     save_pretrained   model -> folder that transformers and this project both read
-    AutoModelForCausalLM, AutoTokenizer   choose the class by config.json
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer   choose the class by config.json
 
 The model is built on the meta device, which has shapes and no memory, and each tensor of the file
 takes the place of its parameter (`assign=True`).  safetensors are mapped from disk, not read: a
@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -41,6 +42,9 @@ GPT_NEO = {
     "transformer.h.#.mlp.c_proj.*":                    "transformer.blocks.#.mlp.down_proj.*",
     "transformer.ln_f.*":                              "transformer.ln_f.*",
     "lm_head.weight":                                  "lm_head.weight",
+    "score.weight":                                    "score.weight",     # the three task heads
+    "classifier.*":                                    "classifier.*",
+    "qa_outputs.*":                                    "qa_outputs.*",
     "transformer.h.#.attn.attention.bias":             None,   # the causal mask, saved as a buffer
     "transformer.h.#.attn.attention.masked_bias":      None,   # the constant -1e9
 }
@@ -55,11 +59,15 @@ GPT_NEOX = {
     "gpt_neox.final_layer_norm.*":                     "transformer.ln_f.*",
     "embed_out.weight":                                "lm_head.weight",
     "lm_head.weight":                                  "lm_head.weight",   # in memory, since 5.14
+    "score.weight":                                    "score.weight",     # the three task heads
+    "classifier.*":                                    "classifier.*",
+    "qa_outputs.*":                                    "qa_outputs.*",
     "gpt_neox.layers.#.attention.bias":                None,   # the causal mask, saved as a buffer
     "gpt_neox.layers.#.attention.masked_bias":         None,   # the constant -1e9
     "gpt_neox.layers.#.attention.rotary_emb.inv_freq": None,   # rounded in some files: recomputed
 }
 NAMES = {"gpt_neo": GPT_NEO, "gpt_neox": GPT_NEOX}
+HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -258,9 +266,9 @@ def read_bin(path):
 # ------------------------------------------------------------------------------------------------
 
 def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None, device=None,
-                    attn_implementation="auto"):
+                    attn_implementation="auto", changes=None):
     """What every model's from_pretrained does; see base.PreTrainedModel."""
-    raw = read_config(name_or_folder, revision)
+    raw = with_changes(read_config(name_or_folder, revision), changes or {}, cls)
     family = cls.config_class.model_type
     if raw["model_type"] != family:
         raise ValueError(f"{name_or_folder} is a {raw['model_type']} checkpoint, {cls.__name__} loads "
@@ -281,6 +289,17 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
         model.tie_weights()
     model.generation_config = generation_config
     return model.eval()
+
+
+def with_changes(raw, changes, cls):
+    """The contents of a config.json with some fields set anew; ValueError for what is no field."""
+    known = {*cls.config_class.__dataclass_fields__, "label2id"}
+    if unknown := sorted(set(changes) - known):
+        raise ValueError(f"{cls.__name__}.from_pretrained takes no {', '.join(unknown)}, and "
+                         f"{cls.config_class.__name__} has no such field")
+    if "num_labels" in changes or "id2label" in changes:   # other labels than the file's
+        raw = {name: value for name, value in raw.items() if name not in ("num_labels", "id2label", "label2id")}
+    return raw | changes
 
 
 class NoInit(TorchFunctionMode):
@@ -315,8 +334,8 @@ def parse_dtype(dtype, raw):
 def read_state(name_or_folder, revision, model, table, dtype, device):
     """{our name: tensor} for exactly the model's parameters, each converted as it is read.
 
-    dtype None takes that of the first weight.  Raises one ValueError that lists every missing,
-    unexpected and unfit tensor.
+    dtype None takes that of the first weight.  A task head that is not in the files is drawn afresh, and
+    a warning says so.  Raises one ValueError that lists every missing, unexpected and unfit tensor.
     """
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     inside = "" if hasattr(model, "transformer") else "transformer."       # a base model by itself
@@ -328,8 +347,9 @@ def read_state(name_or_folder, revision, model, table, dtype, device):
                 ours = our_name(name, table)
             except KeyError:
                 ours = ""                                  # no name of ours: unexpected
-            if ours is None or ours == "lm_head.weight" and ours not in wanted:
-                continue                                   # a base model needs no head
+            other_head = ours is not None and ours.split(".")[0] in HEADS and ours not in wanted
+            if ours is None or other_head and "lm_head.weight" not in wanted:
+                continue                                   # of another task than this model's
             ours = ours.removeprefix(inside)
             if problem := misfit(name, tensor, ours, wanted, seen):
                 problems.append(problem)
@@ -340,6 +360,12 @@ def read_state(name_or_folder, revision, model, table, dtype, device):
     if "lm_head.weight" in wanted and model.config.tie_word_embeddings:
         problems += tie(state)
         seen.add("lm_head.weight")
+    if model.head is not None and not any(name.startswith(model.head) for name in seen):
+        fresh = fresh_head(model, wanted, dtype or torch.float32, device)
+        warnings.warn(f"{', '.join(fresh)}: not in {name_or_folder}, so drawn afresh; train before use",
+                      stacklevel=4)
+        state |= fresh
+        seen |= set(fresh)
     official = official_names({inside + name: name for name in wanted}, table)
     problems += [f"missing tensor {name} {wanted[ours]}" for name, ours in official.items()
                  if ours not in seen]
@@ -347,6 +373,13 @@ def read_state(name_or_folder, revision, model, table, dtype, device):
         raise ValueError(f"the weights in {name_or_folder} do not fit its config.json:\n  "
                          + "\n  ".join(problems))
     return state
+
+
+def fresh_head(model, wanted, dtype, device):
+    """{name: tensor} of the head: weights N(0, initializer_range) and biases 0, as init_weights has them."""
+    fresh = {name: torch.zeros(shape) for name, shape in wanted.items() if name.startswith(f"{model.head}.")}
+    fresh[f"{model.head}.weight"].normal_(std=model.config.initializer_range)
+    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in fresh.items()}
 
 
 def misfit(name, tensor, ours, wanted, seen):
@@ -430,14 +463,22 @@ def official_state(model):
 class AutoModelForCausalLM:
     """GPTNeoForCausalLM or GPTNeoXForCausalLM, as config.json's model_type says."""
 
-    @staticmethod
-    def from_pretrained(name_or_folder, **kwargs):
+    kind = "CausalLM"
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, **kwargs):
         """Arguments and errors are base.PreTrainedModel.from_pretrained's."""
-        from neo import GPTNeoForCausalLM
-        from neox import GPTNeoXForCausalLM
+        import neo
+        import neox
         family = read_config(name_or_folder, kwargs.get("revision"))["model_type"]
-        model_class = {"gpt_neo": GPTNeoForCausalLM, "gpt_neox": GPTNeoXForCausalLM}[family]
-        return model_class.from_pretrained(name_or_folder, **kwargs)
+        module, name = {"gpt_neo": (neo, "GPTNeoFor"), "gpt_neox": (neox, "GPTNeoXFor")}[family]
+        return getattr(module, name + cls.kind).from_pretrained(name_or_folder, **kwargs)
+
+
+class AutoModelForSequenceClassification(AutoModelForCausalLM):
+    """The same choice for a classifier of texts."""
+
+    kind = "SequenceClassification"
 
 
 class AutoTokenizer:

@@ -5,7 +5,7 @@
     S  tokens in view, S >= T       D  width of a head, C / H
     V  vocabulary                   P  learned positions
 
-Read from top to bottom: config, attention, MLP, block, model, language model.  neox.py has the same
+Read from top to bottom: config, attention, MLP, block, model, language model, task heads.  neox.py has the same
 parts in the same order under the same names; `diff neo.py neox.py` shows what changed in a year.
 
 What sets GPT-Neo apart from GPT-2:
@@ -16,15 +16,16 @@ Sources: EleutherAI/gpt-neo (models/gpt2/gpt2.py) and transformers (modeling_gpt
 whose results this file repeats to the bit when attention is the naive one.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from attention import attention, choose_backend
 from base import (ACTIVATIONS, Linear, ModelOutput, PreTrainedModel, check_fields, check_inputs,
-                  key_mask_of, next_token_loss)
+                  fields_of, key_mask_of, next_token_loss, settle_labels)
 from generate import generate
+from heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class GPTNeoConfig:
     eos_token_id: int | list | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    num_labels: int | None = None           # of the task heads; None: as many as id2label has, else 2
+    id2label: dict | None = None
+    problem_type: str | None = None         # of a sequence classifier; None: see heads.py
 
     model_type = "gpt_neo"                  # no annotation, so not a field
     SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads",
@@ -59,6 +63,7 @@ class GPTNeoConfig:
         if self.intermediate_size is None and type(self.hidden_size) is int:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
         check_fields(self)
+        settle_labels(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
                              f"'num_heads' ({self.num_heads})")
@@ -133,7 +138,7 @@ class GPTNeoConfig:
 
     def to_dict(self):
         """The contents of a config.json that transformers reads."""
-        return {**asdict(self), "model_type": self.model_type, "attention_layers": self.attention_layers}
+        return {**fields_of(self), "model_type": self.model_type, "attention_layers": self.attention_layers}
 
 
 class Attention(nn.Module):
@@ -280,3 +285,22 @@ class GPTNeoForCausalLM(PreTrainedModel):
         if labels is not None:
             out.loss = next_token_loss(out.logits, labels)
         return out
+
+
+class GPTNeoForSequenceClassification(ForSequenceClassification):
+    """One label for a text, read off its last token."""
+
+    config_class, backbone_class = GPTNeoConfig, GPTNeoModel
+
+
+class GPTNeoForTokenClassification(ForTokenClassification):
+    """A label for every token."""
+
+    config_class, backbone_class = GPTNeoConfig, GPTNeoModel
+    upcast_loss = False                                     # transformers' two do it differently
+
+
+class GPTNeoForQuestionAnswering(ForQuestionAnswering):
+    """Where in the text an answer begins and ends."""
+
+    config_class, backbone_class = GPTNeoConfig, GPTNeoModel

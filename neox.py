@@ -5,7 +5,7 @@
     S  tokens in view, S >= T       D  width of a head, C / H
     V  vocabulary                   R  rotated dims of a head, R <= D
 
-Read from top to bottom: config, attention, MLP, block, model, language model.  neo.py has the same
+Read from top to bottom: config, attention, MLP, block, model, language model, task heads.  neo.py has the same
 parts in the same order under the same names; `diff neo.py neox.py` shows what changed in a year.
 
 What sets GPT-NeoX apart from GPT-Neo:
@@ -18,15 +18,16 @@ whose results this file repeats to the bit when attention is the naive one.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from attention import attention, choose_backend
 from base import (ACTIVATIONS, Linear, ModelOutput, PreTrainedModel, check_fields, check_inputs,
-                  key_mask_of, next_token_loss)
+                  fields_of, key_mask_of, next_token_loss, settle_labels)
 from generate import generate
+from heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class GPTNeoXConfig:
     eos_token_id: int | list | None = 2     # "!" to the 20B tokenizer, whose end of text is 0
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
+    num_labels: int | None = None           # of the task heads; None: as many as id2label has, else 2
+    id2label: dict | None = None
+    problem_type: str | None = None         # of a sequence classifier; None: see heads.py
 
     model_type = "gpt_neox"                 # no annotation, so not a field
     SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers",
@@ -60,6 +64,7 @@ class GPTNeoXConfig:
 
     def __post_init__(self):
         check_fields(self)
+        settle_labels(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
                              f"'num_attention_heads' ({self.num_attention_heads})")
@@ -127,7 +132,7 @@ class GPTNeoXConfig:
 
     def to_dict(self):
         """The contents of a config.json that transformers reads, 4 and 5."""
-        return {**asdict(self), "model_type": self.model_type}
+        return {**fields_of(self), "model_type": self.model_type}
 
 
 def rotary_tables(position_ids, R, base, dtype):
@@ -302,3 +307,22 @@ class GPTNeoXForCausalLM(PreTrainedModel):
         if labels is not None:
             out.loss = next_token_loss(out.logits, labels)
         return out
+
+
+class GPTNeoXForSequenceClassification(ForSequenceClassification):
+    """One label for a text, read off its last token."""
+
+    config_class, backbone_class = GPTNeoXConfig, GPTNeoXModel
+
+
+class GPTNeoXForTokenClassification(ForTokenClassification):
+    """A label for every token."""
+
+    config_class, backbone_class = GPTNeoXConfig, GPTNeoXModel
+    upcast_loss = True                                      # transformers' two do it differently
+
+
+class GPTNeoXForQuestionAnswering(ForQuestionAnswering):
+    """Where in the text an answer begins and ends."""
+
+    config_class, backbone_class = GPTNeoXConfig, GPTNeoXModel

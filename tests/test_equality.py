@@ -176,16 +176,39 @@ def test_activations(name):
     assert (F.gelu(wide) - F.gelu(wide, approximate="tanh")).abs().max() > 4.7e-4
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("shape", [(2, 333, 2048), (16, 64, 1056), (128, 10240)], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_gelu_in_slices_has_the_same_bits(dtype, shape):
-    """Large inputs take slices where no gradient is wanted; the last slice is a short one.  Many rows of few
+def test_gelu_in_slices_has_the_same_bits(dtype, shape, autocast):
+    """Large inputs take slices, the last of them a short one; the gradient is the same too.  Many rows of few
     tokens, and rows as wide as gpt-neo-2.7B's."""
     from base import gelu_new
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    plain = gelu_new(x)                                    # with gradients enabled: in one piece
-    with torch.no_grad():
-        assert torch.equal(gelu_new(x), plain)
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    parts, grads = [], []
+    for pieces in (1, 100):                                # of one piece, and of a hundred too small for slices
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            parts.append(torch.cat([gelu_new(part) for part in leaf.flatten().chunk(pieces)]))
+        parts[-1].backward(g.flatten().to(parts[-1].dtype))
+        grads.append(leaf.grad)
+    assert x.numel() > 2**20 and torch.equal(*parts) and torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_loss_in_slices_has_the_same_bits(dtype):
+    """Of many tokens: the value and the gradient of the logits are torch's own cross entropy's."""
+    from base import next_token_loss
+    logits = torch.randn(2, 300, 5025, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.randint(0, 5025, (2, 300), generator=torch.Generator().manual_seed(1))
+    labels[0, :50], labels[1, 290:] = -100, -100
+    a, b = (logits.clone().requires_grad_() for _ in range(2))
+    expected = F.cross_entropy(a[:, :-1].reshape(-1, 5025).float(), labels[:, 1:].reshape(-1))
+    found = next_token_loss(b, labels)
+    expected.backward()
+    found.backward()
+    assert torch.equal(found, expected) and torch.equal(a.grad, b.grad)
+    assert next_token_loss(b, torch.full_like(labels, -100)).isnan()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
