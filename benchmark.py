@@ -4,11 +4,14 @@
     python benchmark.py decode          one token more, at contexts 16 and 1900
     python benchmark.py batch           tokens a second of 1, 4 and 16 rows
     python benchmark.py memory          peak memory of reading and writing 2048 tokens
+    python benchmark.py train           one training step: time and peak memory (benchmarks/training.py)
+    python benchmark.py growth          speed and memory against the length of the text, with plots
     python benchmark.py ceilings        what this machine reads and multiplies at most
     python benchmark.py load            from_pretrained and one look at every weight: time, peak memory
     python benchmark.py first-token     from the command line to the first token of text
     python benchmark.py attention       one layer through every backend (benchmarks/backends.py)
     python benchmark.py kernels         the Triton kernels compiled, without a GPU (benchmarks/kernels.py)
+    python benchmark.py all             ceilings, prefill, decode, batch, memory, train, load, first-token
 
 Both sides get the same weights (random, in an official shape), the same dtype and threads, and turns
 one after the other, since machines drift; ratios are taken turn by turn.  The reference runs as its
@@ -31,7 +34,7 @@ if "kernels" in sys.argv:
 
 import torch
 
-from benchmarks import backends, generation, kernels
+from benchmarks import backends, generation, growth, kernels, training
 from benchmarks.generation import in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
 from neo import GPTNeoForCausalLM
@@ -114,8 +117,10 @@ def first_token(args):
     return figures
 
 
-COMMANDS = {**generation.COMMANDS, "load": load, "first-token": first_token,
+COMMANDS = {**generation.COMMANDS, "growth": growth.run, "train": training.run, "load": load, "first-token": first_token,
             "attention": backends.run, "kernels": kernels.run}
+
+ALL = ("ceilings", "prefill", "decode", "batch", "memory", "train", "load", "first-token")
 
 
 def main():
@@ -134,13 +139,13 @@ def main():
     parser.add_argument("--heads", type=int, default=12, help="attention")
     parser.add_argument("--head-dim", type=int, default=64, metavar="D", help="attention")
     parser.add_argument("--window", type=int, default=256, metavar="W", help="attention")
-    parser.add_argument("--plot", metavar="FILE", help="prefill, decode, attention: also a picture")
+    parser.add_argument("--plot", metavar="FILE", help="prefill, decode, attention: also a picture; growth: a folder for two")
     parser.add_argument("--json", metavar="FILE", help="also write every figure to a file")
     args = parser.parse_args()
     versions = (f"python {platform.python_version()}, torch {torch.__version__}, "
                 f"{torch.get_num_threads()} threads")
     print(f"{processor()}, {platform.system()} {platform.machine()}, {versions}")
-    chosen = COMMANDS if args.what == "all" else [args.what]
+    chosen = ALL if args.what == "all" else [args.what]
     result = {name: COMMANDS[name](args) for name in chosen}
     if args.json:
         Path(args.json).write_text(json.dumps({"versions": versions, **result}, indent=2) + "\n")
