@@ -34,7 +34,9 @@ class InSlices(torch.autograd.Function):
         ctx.function, ctx.rows, kind = function, rows, x.device.type
         ctx.save_for_backward(x, *others)
         ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        return torch.cat([function(*parts) for parts in zip(*(t.split(rows) for t in (x, *others)))])
+        found = [function(*parts) for parts in zip(*(t.split(rows) for t in (x, *others)))]
+        with torch.autocast(kind, enabled=False):          # whose cat knows only one half precision
+            return torch.cat(found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
