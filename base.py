@@ -134,6 +134,9 @@ class ModelOutput:
     end_logits: torch.Tensor | None = None
 
 
+torch.export.register_dataclass(ModelOutput)               # so that an exported model can return one
+
+
 def next_token_loss(logits, labels):
     """Mean cross entropy of token t+1 given the tokens up to t, in at least float32.
 
@@ -234,12 +237,18 @@ def check_fields(config):
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
+def unnamed(count):
+    """id2label where nobody has named the labels: LABEL_0, LABEL_1, ..."""
+    return {i: f"LABEL_{i}" for i in range(count)}
+
+
 def settle_labels(config):
-    """Let num_labels be the length of id2label where that is given, and 2 where neither is.
+    """Let num_labels be the length of id2label where that is given, and 2 where neither is; labels that
+    nobody has named get the reference's names.
 
     JSON has made strings of id2label's ids.  Raises ValueError where the two contradict each other.
     """
-    names = config.id2label
+    names, count = config.id2label, config.num_labels
     if names is not None:
         try:
             names = {int(i): str(name) for i, name in names.items()}
@@ -248,14 +257,14 @@ def settle_labels(config):
         if not names or sorted(names) != list(range(len(names))):
             raise ValueError("config field 'id2label' must name the ids 0, 1, ... without a gap, got "
                              f"{config.id2label!r}")
-        if config.num_labels not in (None, len(names)):
-            raise ValueError(f"config field 'num_labels' is {config.num_labels}, but 'id2label' names "
-                             f"{len(names)}")
-        object.__setattr__(config, "id2label", names)
-    count = len(names) if names else 2 if config.num_labels is None else config.num_labels
+        if count not in (None, len(names)) and names != unnamed(len(names)):
+            raise ValueError(f"config field 'num_labels' is {count}, but 'id2label' names {len(names)}")
+    if count is None:
+        count = len(names) if names else 2
     if count < 1:
         raise ValueError(f"config field 'num_labels' must be at least 1, got {count}")
     object.__setattr__(config, "num_labels", count)
+    object.__setattr__(config, "id2label", names if names and len(names) == count else unnamed(count))
     if config.problem_type not in (None, *PROBLEM_TYPES):
         raise ValueError(f"config field 'problem_type' is {config.problem_type!r}; "
                          f"supported: {', '.join(PROBLEM_TYPES)}")
@@ -265,12 +274,10 @@ def fields_of(config):
     """{field: value} for config.json, where labels stand as transformers writes them: only id2label and
     its inverse, no num_labels, and nothing at all for the two that nobody has named."""
     fields = dataclasses.asdict(config)
-    count, names = fields.pop("num_labels"), fields.pop("id2label")
+    _, names = fields.pop("num_labels"), fields.pop("id2label")
     if fields["problem_type"] is None:
         del fields["problem_type"]
-    if names is None and count != 2:
-        names = {i: f"LABEL_{i}" for i in range(count)}
-    if names is not None:
+    if names != unnamed(2):
         fields |= {"id2label": {str(i): name for i, name in names.items()},
                    "label2id": {name: i for i, name in names.items()}}
     return fields

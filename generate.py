@@ -2,6 +2,7 @@
 
     python generate.py "My favorite food is" --model EleutherAI/pythia-70m
     python generate.py "HAMLET." --top-p 0.9 --seed 1            (the bundled demo checkpoint)
+    python generate.py --score FILE, or --top 5 "HAMLET."        (see score.py)
 
     B  rows of the batch · T  tokens so far · V  vocabulary
 
@@ -298,9 +299,13 @@ def check_prompt(model, input_ids, attention_mask):
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "demo-neo")
 
 
+GENERATION = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "greedy", "seed",
+              "num_samples", "stop", "compile", "interactive")             # options that only writing has
+
+
 def arguments(argv=None):
     parser = argparse.ArgumentParser(
-        description="Continue a prompt with GPT-Neo, GPT-NeoX, Pythia or TinyStories. "
+        description="Continue a prompt with GPT-Neo, GPT-NeoX, Pythia or TinyStories, or score a text. "
                     "The text goes to standard output, everything else to standard error.")
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue")
@@ -325,14 +330,34 @@ def arguments(argv=None):
     add("--compile", action="store_true",
         help="compile decoding: some seconds at first, then about twice the speed or more on a CPU")
     add("--interactive", action="store_true", help="read prompts from standard input, one a line")
+    add("--score", metavar="FILE", help="instead of writing: how likely is this text?  - is standard input")
+    add("--stride", type=int, metavar="N", help="of --score's window (default: half of it)")
+    add("--top", type=int, metavar="N", help="instead of writing: the N likeliest tokens after the prompt")
     args = parser.parse_args(argv)
-    if args.prompt is None and not args.interactive:
-        parser.error("give a prompt, or --interactive")
-    if args.num_samples < 1:
-        parser.error(f"--num-samples must be at least 1, got {args.num_samples}")
-    if "" in args.stop:
-        parser.error("--stop needs a text that is not empty")
+    if problem := what_is_wrong(args, parser):
+        parser.error(problem)
     return args
+
+
+def what_is_wrong(args, parser):
+    """Why these options cannot go together, or None."""
+    instead = [f"--{name}" for name in ("score", "top") if getattr(args, name) is not None]
+    writing = ["--" + name.replace("_", "-") for name in GENERATION
+               if getattr(args, name) != parser.get_default(name)]
+    if len(instead) == 2:
+        return "--score and --top exclude each other"
+    if instead and writing:
+        return f"{instead[0]} writes no text, so it takes no {', '.join(writing)}"
+    if args.score is not None and args.prompt is not None:
+        return "--score reads its text from FILE, so it takes no prompt"
+    if args.stride is not None and args.score is None:
+        return "--stride belongs to --score"
+    if args.prompt is None and not args.interactive and args.score is None:
+        return "give a prompt, or --interactive, or --score FILE"
+    for name in ("num_samples", "stride", "top"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            return f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+    return "--stop needs a text that is not empty" if "" in args.stop else None
 
 
 def text_until(pieces, stops):
@@ -418,16 +443,47 @@ def usable_device(name):
         raise ValueError(f"--device {name} cannot be used here: {reason}") from None
 
 
-def run(args):
-    """The whole command: load, write each text, say how it went."""
+def load(args):
+    """Model and tokenizer, as the options say."""
     from load_weights import AutoModelForCausalLM, AutoTokenizer
     device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    generator = torch.Generator(device)
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
     model = AutoModelForCausalLM.from_pretrained(
         args.model, revision=args.revision, torch_dtype=args.dtype, device=device,
         attn_implementation=args.backend)
+    return model, tokenizer
+
+
+def print_score(args):
+    """What --score prints."""
+    from score import read_text, score_text, window_and_stride
+    text = read_text(args.score)                           # before the weights, which may be many
+    model, tokenizer = load(args)
+    L, S = window_and_stride(model.config, args.stride)
+    score = score_text(model, tokenizer, text, S)
+    print(f"loss           {score.loss:.6f} nats a token\n"
+          f"bits per byte  {score.bits_per_byte:.6f}\n"
+          f"perplexity     {score.perplexity:.6f}\n"
+          f"scored         {score.tokens} tokens, {score.bytes} bytes: all but the first token\n"
+          f"window         {L} tokens, stride {S}")
+
+
+def print_top(args):
+    """What --top prints: probability, id and text of each token."""
+    from score import likeliest
+    for p, id, text in likeliest(*load(args), args.prompt, args.top):
+        print(f"{p:.6f} {id:6d}  {text}")
+
+
+def run(args):
+    """The whole command: load, write each text, say how it went."""
+    if args.score is not None:
+        return print_score(args)
+    if args.top is not None:
+        return print_top(args)
+    model, tokenizer = load(args)
+    generator = torch.Generator(model.device)
+    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     counts = []
     for prompt in prompts(args):
         try:

@@ -297,9 +297,12 @@ def with_changes(raw, changes, cls):
     if unknown := sorted(set(changes) - known):
         raise ValueError(f"{cls.__name__}.from_pretrained takes no {', '.join(unknown)}, and "
                          f"{cls.config_class.__name__} has no such field")
-    if "num_labels" in changes or "id2label" in changes:   # other labels than the file's
-        raw = {name: value for name, value in raw.items() if name not in ("num_labels", "id2label", "label2id")}
-    return raw | changes
+    stale = set()                                          # what the file says of the same thing in other words
+    if {"num_labels", "id2label"} & set(changes):
+        stale |= {"num_labels", "id2label", "label2id"}
+    if "attention_types" in changes:
+        stale.add("attention_layers")
+    return {name: value for name, value in raw.items() if name not in stale} | changes
 
 
 class NoInit(TorchFunctionMode):

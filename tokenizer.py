@@ -469,10 +469,12 @@ class Tokenizer:
     def _normalize(self, text):
         return nfc(text) if self._nfc else text
 
-    def __call__(self, text, *, return_tensors=None, padding=False, truncation=None,
-                 max_length=None):
+    def __call__(self, text, text_pair=None, *, return_tensors=None, padding=False, truncation=None,
+                 max_length=None, add_special_tokens=True):
         """One text or a list of them -> Encoding(input_ids, attention_mask), for **inputs.
 
+        text_pair: a second text for each, whose ids follow at once; pairs are not truncated.
+        add_special_tokens: taken either way, for these tokenizers have none to add.
         padding: True or "longest", "max_length", or False.  truncation: on the right, to max_length
         or model_max_length; max_length alone switches it on.  return_tensors: "pt" or None (lists).
         """
@@ -486,6 +488,13 @@ class Tokenizer:
         rows = [self.encode(t) for t in ([text] if isinstance(text, str) else text)]
         if not rows:
             raise ValueError("the list of texts is empty")
+        if text_pair is not None:
+            pairs = [text_pair] if isinstance(text_pair, str) else text_pair
+            if len(pairs) != len(rows):
+                raise ValueError(f"{len(rows)} texts, but text_pair has {len(pairs)}")
+            if truncation or (max_length and not padding):
+                raise ValueError("pairs of texts are not truncated here: leave out truncation and max_length")
+            rows = [row + self.encode(pair) for row, pair in zip(rows, pairs)]
         if truncation or (truncation is None and max_length and not padding):  # as in transformers
             rows = [row[:max_length or self.model_max_length] for row in rows]
         masks = [[1] * len(row) for row in rows]

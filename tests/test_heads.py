@@ -12,6 +12,7 @@ import transformers
 import heads
 import neo
 import neox
+from conftest import ROOT
 from helpers import FLOATS, FOLDER, random_case, relative, saved, widen
 from load_weights import NAMES, AutoModelForCausalLM, AutoModelForSequenceClassification, our_name
 
@@ -241,3 +242,12 @@ def test_auto_model(family):
     fused = ours(case, TASKS[0], head_folder(case, TASKS[0]))
     ids, mask = batch(case, "left")
     assert relative(model(ids, attention_mask=mask).logits, fused(ids, attention_mask=mask).logits) < 1e-5
+
+
+def test_changes_of_the_config():
+    """What the file says of the same thing in other words does not stand against them."""
+    folder = ROOT / "checkpoints" / "demo-neo"
+    model = AutoModelForCausalLM.from_pretrained(folder, attention_types=[[["local"], 4]], window_size=8)
+    assert model.config.windows == [8] * 4
+    with pytest.raises(ValueError, match="takes no window, and GPTNeoConfig has no such field"):
+        AutoModelForCausalLM.from_pretrained(folder, window=8)

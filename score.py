@@ -1,0 +1,128 @@
+"""How likely a text is to a model, and which token it expects next.
+
+    python generate.py --score FILE                    loss, bits per byte and perplexity, whatever the length
+    python generate.py --top 5 "To be, or not to"      the likeliest next tokens
+
+    N  tokens of the text · L  window · S  stride · V  vocabulary
+
+A model sees at most L tokens, so a window of L slides over the text, S tokens at a time, and each
+window scores the tokens that no window before it has:
+
+    0 1 2 3 4 5 6 7                    L = 8, S = 4: the first window scores 1 to 7,
+            · · · · 8 9 10 11          the second 8 to 11, of which 8 is given four tokens
+
+Every token but the first, which has nothing before it, is scored once, given at least L - S tokens
+(one where S = L).  A small stride gives each more to go on, in N / S passes.  The windows are those of
+transformers' documentation, "Perplexity of fixed-length models"; its average leaves one token of
+each later window out of the count, this one none.
+"""
+
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from tokenizer import token_bytes
+
+SLICE = 256                                                # rows of logits that become float32 at once
+
+
+@dataclass
+class Score:
+    loss: float                                            # nats a token
+    bits_per_byte: float                                   # comparable between tokenizers, unlike the others
+    perplexity: float
+    tokens: int                                            # scored: all but the first
+    bytes: int                                             # of UTF-8 that these stand for
+
+
+def windows(N, L, S):
+    """Yield (begin, first, end): the window ids[begin:end] scores ids[first:end]."""
+    first = 1
+    for start in range(0, N, S):
+        end = min(start + L, N)
+        if end > first:
+            yield min(start, first - 1), first, end        # S = L: the token before the window comes too
+            first = end
+
+
+def window_and_stride(config, stride=None):
+    """L, the length that the model was made for, and S, by default half; ValueError unless S is 1 … L."""
+    L = config.max_position_embeddings
+    S = max(1, L // 2) if stride is None else stride
+    if not 1 <= S <= L:
+        raise ValueError(f"the stride must be 1 to {L}, the tokens that this model sees at once, got {S}")
+    return L, S
+
+
+@torch.no_grad()
+def log_probs(model, ids, stride=None):
+    """Log-probability of every token but the first, given those before it in its window.  (N,) -> (N - 1,)
+
+    model: a causal one in eval mode; ids: int64, on its device.  The result is at least float32.
+    Raises ValueError for fewer than two ids, ids outside the vocabulary, a stride outside 1 … L.
+    """
+    L, S = window_and_stride(model.config, stride)
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} token: nothing stands before the first, so two are needed")
+    parts, steps = [], [*windows(len(ids), L, S)]
+    for begin, first, end in tqdm(steps, desc="scoring", unit=" windows", leave=False, disable=None):
+        out = model(ids[None, begin:end - 1], logits_to_keep=end - first)  # the last token predicts nothing
+        for rows, targets in zip(out.logits[0].split(SLICE), ids[first:end].split(SLICE)):
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))                 # (SLICE, V)
+            parts.append(-F.cross_entropy(rows, targets, reduction="none"))
+        del out                                            # before the next window's logits are made
+    return torch.cat(parts)
+
+
+def score_text(model, tokenizer, text, stride=None):
+    """The Score of a text; errors are log_probs'.  Bytes are those of the scored tokens themselves."""
+    ids = tokenizer.encode(text)
+    found = log_probs(model, torch.tensor(ids, dtype=torch.long, device=model.device), stride)
+    loss = -found.double().mean()
+    size = sum(len(token_bytes(token)) for token in tokenizer.convert_ids_to_tokens(ids[1:]))
+    bits = loss.item() * len(found) / math.log(2)
+    return Score(loss.item(), bits / size, loss.exp().item(), len(found), size)
+
+
+@torch.no_grad()
+def likeliest(model, tokenizer, prompt, count):
+    """The `count` likeliest tokens after a prompt, likeliest first: a list of (probability, id, shown text).
+
+    Probabilities are the model's own, softmax over all V rows.  Rows without a token, which only round up
+    the matrix, are left out of the list, as generation on the command line leaves them out.
+    Raises ValueError for an empty prompt and for one of more tokens than the model has positions.
+    """
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
+    logits = model(ids, logits_to_keep=1).logits[0, -1]                                # (V,)
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    ranked = ((p[id].item(), id, shown(token)) for id in p.argsort(descending=True, stable=True).tolist()
+              if (token := tokenizer.convert_ids_to_tokens(id)) is not None)
+    return [*itertools.islice(ranked, count)]
+
+
+def shown(token):
+    """A token as Python writes it: 'text', or b'bytes' where it is a part of a character."""
+    try:
+        return repr(token_bytes(token).decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(token_bytes(token))
+
+
+def read_text(name):
+    """The text of a UTF-8 file, of standard input for "-".  ValueError if there is none."""
+    try:
+        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8, the byte at offset {error.start} is "
+                         f"{error.object[error.start]:#04x}") from None
+    if not text:
+        raise ValueError(f"{name}: there is no text in it")
+    return text
