@@ -1,7 +1,12 @@
-"""Next-token training of GPT-Neo and GPT-NeoX on text files, from scratch or on from a checkpoint.
+"""Training of GPT-Neo and GPT-NeoX: the next token of text files, or the label of texts.
 
     python train.py --text data/train/*.txt --valid data/valid/*.txt --out my-model --family neo
     python train.py --text notes.txt --out my-pythia --init folder/of/pythia-70m --lr 1e-4
+    python train.py --task classify --train a.csv --valid b.csv --init checkpoints/demo-neo --out my-own
+    torchrun --nproc-per-node 2 train.py ...                # any of them, on several processes
+
+The first starts from scratch, the others from a checkpoint.  Labelled texts are CSV files with the columns
+text and label, or JSON lines with these two keys.
 
 OUT becomes a checkpoint in the official format: config.json, model.safetensors, tokenizer files,
 and training.json, which says how it was made.  OUT.run beside it holds what an unfinished run needs
@@ -9,166 +14,103 @@ to go on (weights, optimizer, random numbers), metrics.jsonl and loss.png.  The 
 where it was stopped or killed, and arrives at the same bits as a run that never stopped (on the
 same machine with the same number of threads).
 
-The two demo checkpoints (checkpoints/prepare_shakespeare.py makes the text):
+On several processes each takes its share of every batch (--batch-size counts all of them), and the gradients
+are those of one process with the whole batch.  Only dropout differs: each process draws its own.  Process 0
+evaluates, prints and writes; the others only read, so all must see the same files.
 
-    DEMO="--text data/train/*.txt --valid data/valid/*.txt --hidden-size 256 --layers 4 --heads 4
-          --context 512 --dropout 0.05 --batch-size 4 --warmup 100 --seed 0
-          --dtype bfloat16 --save-dtype float16 --threads 1"
-    python train.py $DEMO --out checkpoints/demo-neo --family neo --window 64 --vocab-size 2048 \\
-        --lr 1.5e-3 --steps 3500
-    python train.py $DEMO --out checkpoints/demo-neox --family neox --vocab-size 1472 \\
-        --lr 1.5e-3 --steps 2500
-
-    B  sequences in a batch · T  tokens in a sequence (--context)
+    B  sequences in a batch · T  tokens in a sequence (at most --context)
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
-import unicodedata
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from load_weights import AutoModelForCausalLM, AutoTokenizer
 from neo import GPTNeoConfig, GPTNeoForCausalLM
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM
-from tokenizer import GPT2Tokenizer, GPTNeoXTokenizerFast
+from tasks import Label, NextToken, autocast, to_device
 
-END, PADDING = "<|endoftext|>", "<|padding|>"
+TASKS = dict(lm=NextToken, classify=Label)
+FILES = dict(lm=["text"], classify=["train", "init"])       # what a task cannot do without
 NEW_MODEL = dict(family="neo", hidden_size=256, layers=4, heads=4, window=64, vocab_size=2048,
                  dropout=0.0)                               # defaults; --init leaves no choice
 
 
 # ------------------------------------------------------------------------------------------------
-# Text and tokenizer
+# Processes: torchrun starts several of this script; without it there is one
 # ------------------------------------------------------------------------------------------------
 
-def read_texts(files):
-    """The texts of UTF-8 files.  A byte that is not UTF-8, or no text at all, raises ValueError."""
-    texts = []
-    for file in files:
-        try:
-            texts.append(Path(file).read_bytes().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8, the byte at offset {error.start} "
-                             f"is {error.object[error.start]:#04x}") from None
-        except OSError as error:
-            raise ValueError(f"{file}: {error.strerror}") from None
-        if not texts[-1].strip():
-            raise ValueError(f"{file}: there is no text in it")
-    return texts
+class SharedError(ValueError):
+    """What was wrong in one process, raised in all of them."""
 
 
-def learn_merges(texts, alphabet, count):
-    """Byte-pair encoding's training: `count` times, join the pair of neighbours seen most often."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    if count < 1:
-        raise ValueError(f"--vocab-size: {1 - count} too small to hold the bytes and one merge")
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learner.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=len(alphabet) + count, min_frequency=2, initial_alphabet=alphabet,
-        show_progress=False))
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    # The official files have one merge for each token.  Were a token made in two ways, its rank
-    # would not be its id's; and a short text runs out of pairs that occur twice.
-    if not len(merges) == len({left + right for left, right in merges}) == count:
-        raise ValueError(f"--vocab-size needs {count} merges and the text gives {len(merges)}: "
-                         "choose another size, or more text")
-    return merges
+def processes():
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
-def train_tokenizer(texts, family, vocab_size, context):
-    """A byte-level BPE of vocab_size ids in the family's official files: {name: content}.
-
-    In both families the order of the ids is the order of the merges.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    alphabet = sorted(ByteLevel.alphabet())                 # the 256 bytes as printable characters
-    config = dict(bos_token=END, eos_token=END, unk_token=END, add_prefix_space=False,
-                  model_max_length=context)
-    if family == "neo":
-        merges = learn_merges(texts, alphabet, vocab_size - len(alphabet) - 1)
-        vocab = [*alphabet, *map("".join, merges), END]
-        config["tokenizer_class"] = "GPT2Tokenizer"
-        files = {"vocab.json": {token: i for i, token in enumerate(vocab)},
-                 "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""])}
-    else:
-        # UTF-8 never has the bytes C0, C1 and F5 to FF, and the official file no tokens for them.
-        alphabet = sorted(set(alphabet) - set(map(chr, [0xC0, 0xC1, *range(0xF5, 0x100)])))
-        # encode cuts out runs of spaces before BPE sees the text, so no merge is spent on them.
-        pieces = [piece for text in texts
-                  for piece in re.split(" {2,24}", unicodedata.normalize("NFC", text))]
-        runs = [" " * n for n in range(24, 1, -1)]
-        merges = learn_merges(pieces, alphabet, vocab_size - 2 - len(alphabet) - len(runs))
-        vocab = [END, PADDING, *alphabet, *map("".join, merges)]
-        config |= dict(tokenizer_class="GPTNeoXTokenizerFast", pad_token=PADDING)
-        files = {"tokenizer.json": neox_tokenizer_json(vocab, merges, runs)}
-    files["tokenizer_config.json"] = config
-    return {name: content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-            for name, content in files.items()}
+def rank():
+    """Which process this is: 0, the first, speaks and writes for all."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
-def neox_tokenizer_json(vocab, merges, runs):
-    """GPT-NeoX-20B's tokenizer.json, field by field, around another vocabulary."""
-    def added(id, content, special):
-        return dict(id=id, special=special, content=content, single_word=False, lstrip=False,
-                    rstrip=False, normalized=not special)
-
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
-    return dict(
-        version="1.0", truncation=None, padding=None,
-        added_tokens=[added(0, END, True), added(1, PADDING, True),
-                      *(added(len(vocab) + i, run, False) for i, run in enumerate(runs))],
-        normalizer=dict(type="NFC"), pre_tokenizer=byte_level, post_processor=byte_level,
-        decoder=byte_level,
-        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                   end_of_word_suffix=None, fuse_unk=False,
-                   vocab={token: i for i, token in enumerate(vocab)},
-                   merges=list(map(" ".join, merges))))
+def say(text, file=None):
+    if rank() == 0:
+        print(text, file=file or sys.stderr)
 
 
-class Batches:
-    """batches[step] is a function of (seed, step) alone: there is no place in the data to save.
+def meet():
+    """Find the other processes.  They wait while process 0 evaluates, which may take its time."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
 
-    Every epoch cuts the text into windows of T tokens, at another offset than the epoch before, and
-    takes each of them once, in another order.
-    """
 
-    def __init__(self, ids, context, batch_size, seed):
-        self.ids, self.context, self.batch_size, self.seed = ids, context, batch_size, seed
-        self.windows = (len(ids) - 1) // context            # the - 1 leaves room for an offset
-        self.epoch = None
+def gathered(thing):
+    """The list of what each process has for `thing`."""
+    if processes() == 1:
+        return [thing]
+    things = [None] * processes()
+    dist.all_gather_object(things, thing)
+    return things
 
-    def window(self, i):
-        epoch, k = divmod(i, self.windows)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            spare = len(self.ids) - self.windows * self.context
-            offset = torch.randint(spare + 1, (), generator=generator)
-            order = torch.randperm(self.windows, generator=generator)
-            self.epoch, self.starts = epoch, (order * self.context + offset).tolist()
-        return self.ids[self.starts[k] : self.starts[k] + self.context]                  # (T,)
 
-    def __getitem__(self, step):
-        first = step * self.batch_size
-        rows = range(first, first + self.batch_size)
-        return torch.stack([self.window(i) for i in rows])                               # (B, T)
+def everywhere(function, *args):
+    """function(*args); where it fails in one process, all raise its error and nobody waits for ever."""
+    if processes() == 1:
+        return function(*args)
+    result = problem = None
+    try:
+        result = function(*args)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    for problem in filter(None, gathered(problem)):
+        raise SharedError(problem)
+    return result
+
+
+def total(number):
+    """The sum of a number over the processes."""
+    if processes() == 1:
+        return number
+    number = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(number)
+    return number.item()
 
 
 # ------------------------------------------------------------------------------------------------
-# Model, loss, optimizer
+# Model and optimizer
 # ------------------------------------------------------------------------------------------------
 
 def new_model(args):
@@ -197,39 +139,6 @@ def new_model(args):
         **shape, num_hidden_layers=args.layers, num_attention_heads=args.heads,
         intermediate_size=4 * args.hidden_size, hidden_dropout=args.dropout,
         bos_token_id=0, eos_token_id=0))                    # the class default for eos, 2, is "!"
-
-
-def bits_per_byte(model, texts, tokenizer, context, dtype="float32", batch_size=8):
-    """What a byte of the texts costs, in bits: comparable between any two tokenizers.
-
-    Every token of every text is predicted once.  A text follows <|endoftext|>; its windows of T
-    tokens share one token, the last to be predicted in one being the first to be seen in the next.
-    A token early in its window has little to go on, so longer contexts would do a little better.
-    """
-    windows, nats, was_training = [], 0.0, model.training
-    for text in texts:
-        ids = [tokenizer.eos_token_id, *tokenizer.encode(text)]
-        windows += [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)]
-    model.eval()
-    with torch.no_grad(), autocast(model.device, dtype):
-        for i in range(0, len(windows), batch_size):
-            rows = windows[i : i + batch_size]
-            longest = max(map(len, rows))                   # a text's last window may be shorter
-            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])       # (B, T)
-            labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
-            loss = model(ids.to(model.device), labels=labels.to(model.device)).loss
-            nats += loss.item() * (labels[:, 1:] != -100).sum().item()
-    model.train(was_training)
-    return nats / math.log(2) / count_bytes(texts)
-
-
-def count_bytes(texts):
-    return sum(len(text.encode("utf-8")) for text in texts)
-
-
-def autocast(device, dtype):
-    """For "bfloat16", matrix products in bfloat16; the weights stay float32 either way."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def learning_rate(step, peak, warmup, steps):
@@ -264,8 +173,8 @@ def parameter_groups(model, weight_decay, fresh):
             dict(params=groups["folded"], weight_decay=weight_decay / share, share=share)]
 
 
-def draw(history, bits_per_nat, path):
-    """Plot training loss (smoothed) and held-out loss by step, both in bits per byte."""
+def draw(history, task, path):
+    """Plot training loss (smoothed) and held-out loss by step; a language model's in bits per byte."""
     try:
         import matplotlib
     except ImportError:                                     # optional: metrics.jsonl has it all
@@ -274,17 +183,18 @@ def draw(history, bits_per_nat, path):
     from matplotlib import pyplot
 
     steps = [record["step"] for record in history if "loss" in record]
-    bits = [record["loss"] * bits_per_nat for record in history if "loss" in record]
-    valid = [(r["step"], r["valid_bits_per_byte"]) for r in history if "valid_bits_per_byte" in r]
+    bits = [record["loss"] * task.scale for record in history if "loss" in record]
+    valid = [(r["step"], r[task.curve]) for r in history if task.curve in r]
     smooth, mean = [], 0.0
     for i, value in enumerate(bits):
         mean += (value - mean) / min(i + 1, 50)             # a running mean of about 50 steps
         smooth.append(mean)
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(steps, smooth, label="training text, smoothed")
+    axes.plot(steps, smooth, label="training, smoothed")
     if valid:
-        axes.plot(*zip(*valid), "o-", markersize=3, label="held-out text")
-    axes.set(xlabel="step", ylabel="bits per byte", title=Path(path).parent.name)
+        axes.plot(*zip(*valid), "o-", markersize=3, label="held out")
+    unit = task.curve.removeprefix("valid_").replace("_", " ")
+    axes.set(xlabel="step", ylabel=unit, title=Path(path).parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
     beside = Path(f"{path}.part")
@@ -298,39 +208,57 @@ def draw(history, bits_per_nat, path):
 # ------------------------------------------------------------------------------------------------
 
 class Run:
-    """A training run.  Whatever changes while it runs is in state(), so that it can be killed."""
+    """A training run.  Whatever changes while it runs is in its state, so that it can be killed."""
 
-    def __init__(self, args, settings, model, tokenizer, texts, valid_texts):
-        self.args, self.settings, self.tokenizer = args, settings, tokenizer
-        self.model, self.valid_texts, self.folder = model, valid_texts, run_folder(args)
-        ids = [id for text in texts for id in (tokenizer.eos_token_id, *tokenizer.encode(text))]
-        if len(ids) <= args.context:
-            raise ValueError(f"--text has {len(ids) - len(texts)} tokens in all, fewer than one "
-                             f"--context of {args.context}")
-        self.batches = Batches(torch.tensor(ids), args.context, args.batch_size, args.seed)
-        self.bits_per_nat = len(ids) / count_bytes(texts) / math.log(2)    # loss to bits per byte
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, not args.init),
+    def __init__(self, args, settings, task):
+        self.args, self.settings, self.task, self.folder = args, settings, task, run_folder(args)
+        self.model = self.replica = task.model.to(args.device)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, args.weight_decay, not args.init),
                                            lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.step, self.seconds, self.history = 0, 0.0, []
 
-    def state(self):
-        return dict(settings=self.settings, step=self.step, seconds=self.seconds,
-                    history=self.history, model=self.model.state_dict(),
-                    optimizer=self.optimizer.state_dict(), rng=torch.get_rng_state(),
-                    cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-
     def save(self):
         """Written beside, then renamed: a kill at any moment leaves the old state or the new."""
-        torch.save(self.state(), self.folder / "state.pt.part")
-        os.replace(self.folder / "state.pt.part", self.folder / "state.pt")
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        random = gathered([torch.get_rng_state(), *gpus])
+        if rank() == 0:
+            state = dict(
+                settings=self.settings, step=self.step, seconds=self.seconds, history=self.history,
+                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), random=random)
+            torch.save(state, self.folder / "state.pt.part")
+            os.replace(self.folder / "state.pt.part", self.folder / "state.pt")
 
     def restore(self, state):
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        cpu, *gpus = state["random"][rank()]
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+    def backward(self):
+        """The gradients of the whole batch's mean loss, left in the model; returns that loss.
+
+        The batch is cut into one piece for each process and turn (--accumulate).  A piece's loss is a mean,
+        so it counts by the piece's share of all that is scored; and since DDP averages where a sum is meant,
+        times the processes.
+        """
+        args, turns = self.args, self.args.accumulate
+        batch = self.task.batch(self.step)
+        scored, parts = self.task.count(batch["labels"]), turns * processes()
+        cut = zip(*(tensor.tensor_split(parts) for tensor in batch.values()))
+        pieces, loss = [dict(zip(batch, tensors)) for tensors in cut], 0.0
+        for turn, piece in enumerate(pieces[rank() * turns : (rank() + 1) * turns]):
+            share = self.task.count(piece["labels"]) / scored
+            alone = turn + 1 < turns and processes() > 1    # DDP exchanges gradients in the last turn only
+            with self.replica.no_sync() if alone else contextlib.nullcontext():
+                with autocast(args.device, args.dtype):
+                    out = self.replica(**to_device(piece, args.device))
+                mean = out.loss if share else 0 * out.logits.sum()         # the mean of nothing is NaN
+                (mean * (share * processes())).backward()
+            loss += mean.item() * share
+        return total(loss)
 
     def update(self):
         """One step of the optimizer; returns what to log."""
@@ -338,39 +266,22 @@ class Run:
         lr = learning_rate(self.step, args.lr, args.warmup, args.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
-        ids = self.batches[self.step].to(args.device)                                    # (B, T)
-        with autocast(args.device, args.dtype):
-            loss = self.model(ids, labels=ids).loss         # the model shifts the labels itself
-        loss.backward()
+        loss = self.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
-        if not norm.isfinite():
-            raise FloatingPointError(f"the gradient of step {self.step} is not finite: lower --lr")
+        if not norm.isfinite():                             # in every process, once averaged
+            raise SharedError(f"the gradient of step {self.step} is not finite: lower --lr")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return dict(step=self.step, loss=loss.item(), lr=lr, grad_norm=norm.item())
-
-    def evaluate(self):
-        """Held-out loss and a sample.  It draws no number from the generator that training uses."""
-        args = self.args
-        prompt = self.tokenizer.encode(args.prompt) or [self.tokenizer.eos_token_id]
-        self.model.eval()
-        ids = self.model.generate(
-            torch.tensor([prompt], device=args.device), do_sample=True, temperature=0.8, top_k=40,
-            max_new_tokens=min(100, args.context - len(prompt)),
-            generator=torch.Generator(args.device).manual_seed(args.seed))
-        self.model.train()
-        record = dict(step=self.step, sample=self.tokenizer.decode(ids[0].tolist()))
-        if self.valid_texts:
-            record["valid_bits_per_byte"] = bits_per_byte(
-                self.model, self.valid_texts, self.tokenizer, args.context, args.dtype)
-        return record
+        return dict(step=self.step, loss=loss, lr=lr, grad_norm=norm.item())
 
     def train(self, stopping):
-        """Train until the last step, or until `stopping` is no longer empty (Ctrl-C fills it)."""
-        args, began = self.args, time.time() - self.seconds
-        bar = tqdm(total=args.steps, initial=self.step, unit="step", file=sys.stderr)
-        metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+        """Train until the last step, or until `stopping` is filled in some process, as Ctrl-C does."""
+        args, began, first = self.args, time.time() - self.seconds, rank() == 0
+        if processes() > 1:                                 # the same weights, gradients averaged
+            self.replica = DistributedDataParallel(self.model, broadcast_buffers=False)
+        bar = tqdm(total=args.steps, initial=self.step, unit="step", file=sys.stderr, disable=not first)
+        metrics = open(self.folder / "metrics.jsonl" if first else os.devnull, "w", encoding="utf-8")
 
         def log(record):
             metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -381,14 +292,13 @@ class Run:
             for record in self.history:                     # not what came after the last save:
                 log(record)                                 # it is computed, and logged, again
             self.model.train()
-            while self.step < args.steps and not stopping:
-                record = log(self.update())
-                self.history.append(record)
-                bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+            while self.step < args.steps and not total(len(stopping)):
+                self.history.append(log(self.update()))
+                bar.set_postfix_str(f"loss {self.history[-1]['loss']:.3f}", refresh=False)
                 bar.update()
-                if self.step % args.eval_every == 0 or self.step == args.steps:
-                    self.history.append(log(self.evaluate()))
-                    draw(self.history, self.bits_per_nat, self.folder / "loss.png")
+                if first and (self.step % args.eval_every == 0 or self.step == args.steps):
+                    self.history.append(log(dict(step=self.step) | self.task.evaluate(self.model)))
+                    draw(self.history, self.task, self.folder / "loss.png")
                     bar.write(describe(self.history[-1]), file=sys.stderr)
                 self.seconds = time.time() - began
                 if self.step % args.save_every == 0:
@@ -397,26 +307,24 @@ class Run:
 
     def finish(self):
         """Write OUT.  training.json comes last: where it is, the run is complete."""
-        args, out = self.args, Path(self.args.out)
+        args, out, task = self.args, Path(self.args.out), self.task
         self.model.to(getattr(torch, args.save_dtype)).save_pretrained(out)
-        self.tokenizer.save_pretrained(out)
+        task.tokenizer.save_pretrained(out)
+        saved = type(self.model).from_pretrained(out).to(args.device)      # of the file, as anyone loads it
         record = dict(
             command=shlex.join(["python", *sys.argv]), settings=self.settings, steps=self.step,
             tokens=self.step * args.batch_size * args.context, seconds=round(self.seconds),
             parameters=sum(p.numel() for p in self.model.parameters()),
-            threads=torch.get_num_threads(), python=sys.version.split()[0], torch=torch.__version__)
-        if self.valid_texts:                                # of the file, as anyone loads it
-            saved = type(self.model).from_pretrained(out).to(args.device)
-            record["valid_bytes"] = count_bytes(self.valid_texts)
-            record["valid_bits_per_byte"] = bits_per_byte(
-                saved, self.valid_texts, self.tokenizer, args.context)
+            threads=torch.get_num_threads(), python=sys.version.split()[0], torch=torch.__version__,
+            **task.scores(saved, "float32"))
         write_whole(out / "training.json", json.dumps(record, indent=2) + "\n")
         return record
 
 
 def describe(record):
-    bits = record.get("valid_bits_per_byte")
-    held_out = f", {bits:.4f} bits per held-out byte" if bits else ""
+    scores = ", ".join(f"{name.removeprefix('valid_').replace('_', ' ')} {value:.4f}" for name, value
+                       in record.items() if name.startswith("valid_") and isinstance(value, float))
+    held_out = f", held out: {scores}" if scores else ""
     sample = f"\n{record['sample']}\n" if "sample" in record else ""
     return f"step {record.get('step', record.get('steps'))}{held_out}{sample}"
 
@@ -435,18 +343,21 @@ def run_folder(args):
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-def parse(argv):
-    """The arguments; ValueError for a number out of its range."""
+def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8, to train on")
-    p.add_argument("--valid", nargs="*", default=[], metavar="FILE", help="UTF-8, held out whole")
+    p.add_argument("--task", choices=list(TASKS), default="lm", help="next tokens (lm) or labels of texts")
+    p.add_argument("--text", nargs="+", metavar="FILE", help="of lm: UTF-8, to train on")
+    p.add_argument("--train", nargs="+", metavar="FILE", help="of classify: .csv or .jsonl, to train on")
+    p.add_argument("--valid", nargs="*", default=[], metavar="FILE", help="the like, held out whole")
     p.add_argument("--out", required=True, help="folder for the checkpoint; OUT.run is for the run")
     p.add_argument("--init", metavar="CHECKPOINT", help="go on from this model with its tokenizer")
     for name, value in NEW_MODEL.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=type(value), metavar=name[0].upper(),
                        help=f"of a new model (default {value})")
     for name, value, text in [
-            ("context", 512, "tokens in a sequence"), ("batch-size", 8, "sequences in a step"),
+            ("context", 512, "tokens in a sequence"),
+            ("batch-size", 8, "sequences in a step, over all processes"),
+            ("accumulate", 1, "turns to take for them, each a part of the batch"),
             ("steps", 2000, "updates of the weights"), ("lr", 1e-3, "highest learning rate"),
             ("warmup", 100, "steps up to it"), ("weight-decay", 0.1, "of linear layers' matrices"),
             ("clip", 1.0, "longest gradient"), ("seed", 0, "of weights, data order and dropout"),
@@ -459,14 +370,27 @@ def parse(argv):
     p.add_argument("--save-dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = p.parse_args(argv)
+    return p
 
-    for name in ("steps", "batch_size", "lr", "clip", "eval_every", "save_every", "threads"):
+
+def parse(argv):
+    """The arguments; ValueError for what is missing, does not go together, or is out of its range."""
+    args = parser().parse_args(argv)
+    for name in FILES[args.task]:
+        if not getattr(args, name):
+            raise ValueError(f"--task {args.task} needs --{name}")
+    for task, (name, *_) in FILES.items():
+        if task != args.task and getattr(args, name):
+            raise ValueError(f"--{name} is for --task {task}")
+    for name in ("steps", "batch_size", "accumulate", "lr", "clip", "eval_every", "save_every", "threads"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.context < 2:
         raise ValueError(f"--context must be at least 2, not {args.context}")
+    if args.batch_size < args.accumulate * processes():
+        raise ValueError(f"--batch-size {args.batch_size} is too small for {processes()} x "
+                         f"{args.accumulate} pieces (processes x --accumulate)")
     if not 0 <= args.warmup < args.steps:
         raise ValueError(f"--warmup must be in 0 … {args.steps - 1}, not {args.warmup}")
     given = [f"--{name.replace('_', '-')}" for name in NEW_MODEL if getattr(args, name) is not None]
@@ -475,14 +399,18 @@ def parse(argv):
     for name, value in {} if args.init else NEW_MODEL.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.device == "cuda" and processes() > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
     return args
 
 
-def settings_of(args, texts, valid_texts):
+def settings_of(args, contents):
     """What the result depends on.  Of the texts their content counts, not where they lie."""
     elsewhere = ("out", "threads", "device", "save_every", "eval_every", "prompt")
     settings = {name: value for name, value in vars(args).items() if name not in elsewhere}
-    for name, parts in (("text", texts), ("valid", valid_texts)):
+    settings["processes"] = processes()
+    for name, parts in contents.items():
         settings[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return settings
 
@@ -500,6 +428,8 @@ def find_earlier(args, settings):
         raise ValueError(f"{out} is there already, and not from train.py: choose another --out")
     else:
         return False, None
+    before = dict(task="lm", train=None, accumulate=1, processes=1)        # when there was no choice yet
+    earlier = before | earlier
     differ = [f"{name} was {earlier.get(name)!r} and is {value!r}"
               for name, value in settings.items() if earlier.get(name) != value]
     if differ:
@@ -509,38 +439,31 @@ def find_earlier(args, settings):
 
 
 def start(args):
-    """The run as it was left, or a new one; None if it is finished."""
-    texts, valid_texts = read_texts(args.text), read_texts(args.valid)
-    settings = settings_of(args, texts, valid_texts)
+    """The run as it was left, or a new one; None if it is finished.  What cannot start leaves no files."""
+    task = TASKS[args.task](args)
+    settings = settings_of(args, task.contents)
     finished, state = find_earlier(args, settings)
     if finished:
         return None
-    run_folder(args).mkdir(parents=True, exist_ok=True)
-    if args.init:
-        model = AutoModelForCausalLM.from_pretrained(args.init, torch_dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(args.init)
-    else:
-        torch.manual_seed(args.seed)                        # the weights'
-        model = new_model(args)
-        if not state:
-            for name, text in train_tokenizer(
-                    texts, args.family, args.vocab_size, args.context).items():
-                write_whole(run_folder(args) / name, text)
-        tokenizer_class = {"neo": GPT2Tokenizer, "neox": GPTNeoXTokenizerFast}[args.family]
-        tokenizer = tokenizer_class.from_pretrained(run_folder(args))
-    if args.context > model.config.max_position_embeddings:
+    torch.manual_seed(args.seed)                            # of weights that are drawn
+    news = task.open(None if args.init else new_model(args), run_folder(args) if state else None)
+    if args.context > task.model.config.max_position_embeddings:
         raise ValueError(f"--context {args.context} is more than the "
-                         f"{model.config.max_position_embeddings} positions of {args.init}")
-    if len(tokenizer.encode(args.prompt)) >= args.context:
-        raise ValueError("--prompt must be shorter than --context")
-    run = Run(args, settings, model.to(args.device), tokenizer, texts, valid_texts)
-    torch.manual_seed(args.seed)                            # dropout's
+                         f"{task.model.config.max_position_embeddings} positions of {args.init}")
+    run = Run(args, settings, task)
+    torch.manual_seed(args.seed + rank())                   # dropout's
     if state:
         run.restore(state)
+        news = f"going on after step {run.step} of {args.steps}"
+    if rank() == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        task.tokenizer.save_pretrained(run.folder)
+    say(f"{args.out}: {news}")
     return run
 
 
-def main(argv=None):
+def run_or_resume(argv):
+    """The whole command; returns its exit status."""
     stopping = []
 
     def stop(*_):
@@ -548,26 +471,46 @@ def main(argv=None):
         stopping.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    try:
-        args = parse(argv)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        run = start(args)
-        if run is None:
-            print(f"{args.out}: this run is finished")
-            return 0
-        if run.step:
-            print(f"{args.out}: going on after step {run.step} of {args.steps}", file=sys.stderr)
-        signal.signal(signal.SIGINT, stop)
-        run.train(stopping)
-        if run.step < args.steps:
-            print(f"stopped after step {run.step}: the same command goes on", file=sys.stderr)
-            return 130
-        print(f"{args.out}: {describe(run.finish())}")
+    args = everywhere(parse, argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    run = everywhere(start, args)
+    if run is None:
+        say(f"{args.out}: this run is finished", sys.stdout)
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+    signal.signal(signal.SIGINT, stop)
+    run.train(stopping)
+    if run.step < args.steps:
+        say(f"stopped after step {run.step}: the same command goes on")
+        return 130
+    if rank() == 0:
+        say(f"{args.out}: {describe(run.finish())}", sys.stdout)
+    return 0
+
+
+def main(argv=None):
+    try:
+        if processes() > 1:
+            meet()
+        status = run_or_resume(argv)
+        if processes() > 1:
+            dist.destroy_process_group()
+        return status
+    except SharedError as error:
+        if rank() > 0:
+            time.sleep(1)                                   # so that torchrun lets process 0 say it
+        say(f"train.py: error: {error}")
         return 2
+    except (ValueError, OSError) as error:
+        if processes() > 1:                                 # on a line below process 0's bar
+            print(f"\ntrain.py: error: process {rank()}: {error}", file=sys.stderr)
+        else:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if processes() == 1 or "gloo" not in str(error):
+            raise
+        return 1                                            # another process ended, and has said why
     except KeyboardInterrupt:
         return 130
 

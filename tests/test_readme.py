@@ -44,6 +44,17 @@ def test_the_first_command_is_near_the_top_and_its_output_is_true(capsys):
     assert capsys.readouterr().out == shown
 
 
+def test_scores_are_printed_so(capsys, monkeypatch):
+    """The commands under "How likely is a text?" print what stands below them."""
+    import shlex
+    section = README[README.index("## How likely is a text?"):]
+    commands, shown = re.search(r"```bash\n(.*?)```\n\n```text\n(.*?)```", section, re.S).groups()
+    monkeypatch.chdir(ROOT)
+    for line in commands.splitlines():
+        assert generate.main(shlex.split(line.split("generate.py", 1)[1])) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_equality_table():
     """Each row is what `compare.py checkpoints/NAME --dtype DTYPE --markdown` prints today."""
     table = rows("| checkpoint | dtype |")

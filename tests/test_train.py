@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+import tasks
 import train
 from conftest import ROOT
 from load_weights import AutoModelForCausalLM, AutoTokenizer
@@ -157,7 +158,7 @@ def test_a_fresh_gpt_neo_has_the_scale_folded_in():
 
 
 def test_every_epoch_takes_every_window_once():
-    batches = train.Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
+    batches = tasks.Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
     assert batches.windows == 62
     starts = []
     for step in range(2 * 62):                              # 2 * 62 * 5 windows are 10 epochs
@@ -167,9 +168,9 @@ def test_every_epoch_takes_every_window_once():
     epochs = [starts[i : i + 62] for i in range(0, len(starts), 62)]
     assert all(sorted(b - min(epoch) for b in epoch) == list(range(0, 992, 16)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 10 and len({min(epoch) for epoch in epochs}) > 1
-    again = train.Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
+    again = tasks.Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
     assert again[77][:, 0].tolist() == starts[77 * 5 : 78 * 5]     # no need to have been elsewhere
-    assert train.Batches(torch.arange(1000), 16, 5, seed=4)[0].tolist() != again[0].tolist()
+    assert tasks.Batches(torch.arange(1000), 16, 5, seed=4)[0].tolist() != again[0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""Sources in, executed notebooks out.
+
+    python notebooks/build.py                  every notebook
+    python notebooks/build.py 1_gpt_neo        one
+
+A source is a percent script (jupytext) in notebooks/source/.  Cells tagged "wrong" are wrong answers to an
+exercise, for the tests; they do not go into the notebook.  A cell tagged "interactive" keeps no output: it
+holds a slider, which a page cannot show.  The picture of the cell tagged "cover" also goes to
+notebooks/pictures/, for the README.  All code runs from top to bottom in a fresh kernel, in notebooks/.
+"""
+
+import base64
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+NAMES = sorted(path.stem for path in (HERE / "source").glob("*.py"))
+
+
+def tagged(cell, tag):
+    return tag in cell.metadata.get("tags", [])
+
+
+def read(name):
+    """The notebook of a source, without wrong answers and without outputs."""
+    notebook = jupytext.read(HERE / "source" / f"{name}.py")
+    notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "wrong")]
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"{name[0]}-{i}"                      # the same at each build, so that diffs are small
+    notebook.metadata = nbformat.from_dict({
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"}})
+    return notebook
+
+
+def execute(notebook):
+    """Run it; an error in a cell raises CellExecutionError."""
+    NotebookClient(notebook, timeout=240, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                   resources={"metadata": {"path": str(HERE)}}).execute()
+    for cell in notebook.cells:
+        if tagged(cell, "interactive"):
+            cell.outputs = []
+    notebook.metadata.pop("widgets", None)
+    return notebook
+
+
+def cover(notebook):
+    """The bytes of the picture that stands for the notebook."""
+    return next(base64.b64decode(output.data["image/png"]) for cell in notebook.cells if tagged(cell, "cover")
+                for output in cell.outputs if "image/png" in output.get("data", {}))
+
+
+def main(names):
+    for name in names or NAMES:
+        start = time.perf_counter()
+        notebook = execute(read(name))
+        target = HERE / f"{name}.ipynb"
+        nbformat.write(notebook, target)
+        (HERE / "pictures").mkdir(exist_ok=True)
+        (HERE / "pictures" / f"{name}.png").write_bytes(cover(notebook))
+        print(f"{name}: {len(notebook.cells)} cells, {time.perf_counter() - start:.0f} s, "
+              f"{target.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
