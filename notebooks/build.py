@@ -5,7 +5,8 @@
 
 A source is a percent script (jupytext) in notebooks/source/.  Cells tagged "wrong" are wrong answers to an
 exercise, for the tests; they do not go into the notebook.  A cell tagged "interactive" keeps no output: it
-holds a slider, which a page cannot show.  The picture of the cell tagged "cover" also goes to
+holds a slider, which a page cannot show; here its function is called once, without the widget, whose
+messages now and then leave nbclient waiting for ever.  The picture of the cell tagged "cover" also goes to
 notebooks/pictures/, for the README.  All code runs from top to bottom in a fresh kernel, in notebooks/.
 """
 
@@ -20,6 +21,20 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 NAMES = sorted(path.stem for path in (HERE / "source").glob("*.py"))
+
+
+# Runs before the first cell, and is taken out again.
+WITHOUT_WIDGETS = """
+import inspect, ipywidgets
+def interact(*function, **ranges):
+    def call(f):
+        kept = {name: p.default for name, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+        f(**{name: values[0] for name, values in ranges.items() if name not in kept})
+        return f
+    return call(*function) if function else call
+ipywidgets.interact = interact
+del inspect, ipywidgets, interact
+"""
 
 
 def tagged(cell, tag):
@@ -40,9 +55,16 @@ def read(name):
 
 def execute(notebook):
     """Run it; an error in a cell raises CellExecutionError."""
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(WITHOUT_WIDGETS))
     NotebookClient(notebook, timeout=240, kernel_name="python3", record_timing=False, coalesce_streams=True,
                    resources={"metadata": {"path": str(HERE)}}).execute()
+    del notebook.cells[0]
     for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count -= 1
+            for output in cell.outputs:
+                if output.get("execution_count"):
+                    output.execution_count -= 1
         if tagged(cell, "interactive"):
             cell.outputs = []
     notebook.metadata.pop("widgets", None)
