@@ -8,7 +8,8 @@ A step reads every weight once and computes next to nothing, so its floor is byt
 Two things keep torch's own kernels from it on a CPU, and each has its form here:
 
     one_row     a matrix times one vector, written as multiply and sum.  Compiled, it streams the
-                matrix twice as fast as torch's linear does for one row (benchmark.py ceilings).
+                matrix twice as fast as torch's linear does for one row in float32, and half again as
+                fast in bfloat16 (benchmark.py ceilings; base.few_rows is the form without a compiler).
     one_query   one query's attention as two such sums with a softmax between them.
 
 torch.compile turns each block into a few loops; `whole` keeps it from folding the LayerNorm before
