@@ -8,9 +8,12 @@ import statistics
 import sys
 
 import pytest
+import torch
 
 from conftest import ROOT
 
+matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.pyplot")
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -118,11 +121,20 @@ def test_runs_from_top_to_bottom(name):
     assert 1 < used() - before <= 180
 
 
+@pytest.fixture
+def as_before():
+    """A notebook may switch off gradients or take one thread; the tests after it shall not."""
+    gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    yield
+    torch.set_grad_enabled(gradients)
+    torch.set_num_threads(threads)
+    matplotlib.pyplot.close("all")
+
+
 @pytest.mark.slow
 @notebooks
-def test_exercises(name, monkeypatch):
+def test_exercises(name, monkeypatch, as_before):
     """Each stub and each wrong answer is rejected, each solution accepted."""
-    import matplotlib
     matplotlib.use("Agg")
     monkeypatch.chdir(ROOT / "notebooks")
     parts, done, space = exercises(name), 0, {"__name__": "__main__", "display": print}
