@@ -274,7 +274,8 @@ def fields_of(config):
     """{field: value} for config.json, where labels stand as transformers writes them: only id2label and
     its inverse, no num_labels, and nothing at all for the two that nobody has named."""
     fields = dataclasses.asdict(config)
-    _, names = fields.pop("num_labels"), fields.pop("id2label")
+    del fields["num_labels"]
+    names = fields.pop("id2label")
     if fields["problem_type"] is None:
         del fields["problem_type"]
     if names != unnamed(2):

@@ -5,8 +5,8 @@
     S  tokens in view, S >= T       D  width of a head, C / H
     V  vocabulary                   P  learned positions
 
-Read from top to bottom: config, attention, MLP, block, model, language model, task heads.  neox.py has the same
-parts in the same order under the same names; `diff neo.py neox.py` shows what changed in a year.
+Read from top to bottom: config, attention, MLP, block, model, language model, task heads.  neox.py
+has the same parts in the same order and names; `diff neo.py neox.py` shows what changed in a year.
 
 What sets GPT-Neo apart from GPT-2:
   * every second layer is local: a token sees itself and the window - 1 tokens before it;
@@ -297,7 +297,7 @@ class GPTNeoForTokenClassification(ForTokenClassification):
     """A label for every token."""
 
     config_class, backbone_class = GPTNeoConfig, GPTNeoModel
-    upcast_loss = False                                     # transformers' two do it differently
+    upcast_loss = False                     # in the logits' own dtype: modeling_gpt_neo.py has its own
 
 
 class GPTNeoForQuestionAnswering(ForQuestionAnswering):

@@ -5,8 +5,8 @@
     S  tokens in view, S >= T       D  width of a head, C / H
     V  vocabulary                   R  rotated dims of a head, R <= D
 
-Read from top to bottom: config, attention, MLP, block, model, language model, task heads.  neo.py has the same
-parts in the same order under the same names; `diff neo.py neox.py` shows what changed in a year.
+Read from top to bottom: config, attention, MLP, block, model, language model, task heads.  neo.py
+has the same parts in the same order and names; `diff neo.py neox.py` shows what changed in a year.
 
 What sets GPT-NeoX apart from GPT-Neo:
   * positions are not embedded but rotated into the first R dims of each query and key;
@@ -319,7 +319,7 @@ class GPTNeoXForTokenClassification(ForTokenClassification):
     """A label for every token."""
 
     config_class, backbone_class = GPTNeoXConfig, GPTNeoXModel
-    upcast_loss = True                                      # transformers' two do it differently
+    upcast_loss = True                      # in float32: loss_utils.py, ForTokenClassification
 
 
 class GPTNeoXForQuestionAnswering(ForQuestionAnswering):
