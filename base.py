@@ -16,39 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import choose_backend
-
-
-# ------------------------------------------------------------------------------------------------
-# A function in slices
-# ------------------------------------------------------------------------------------------------
-
-class InSlices(torch.autograd.Function):
-    """function(x, *others) a slice of rows at a time, where each row is computed by itself: the same bits.
-
-    What lies between a function's steps stays in the processor's cache, and none of it is kept for the
-    backward pass, which computes each slice once more.  Only x gets a gradient, and only a first one.
-    """
-
-    @staticmethod
-    def forward(ctx, function, rows, x, *others):
-        ctx.function, ctx.rows, kind = function, rows, x.device.type
-        ctx.save_for_backward(x, *others)
-        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        found = [function(*parts) for parts in zip(*(t.split(rows) for t in (x, *others)))]
-        with torch.autocast(kind, enabled=False):          # whose cat knows only one half precision
-            return torch.cat(found)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, *others = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        for target, g, part, *rest in zip(*(t.split(ctx.rows) for t in (dx, grad, x, *others))):
-            with torch.enable_grad(), ctx.autocast:
-                part = part.detach().requires_grad_()
-                y = ctx.function(part, *rest)
-            target.copy_(torch.autograd.grad(y, part, g)[0])
-        return None, None, dx, *(None for _ in others)
+from fast.linear import Linear
+from fast.slices import InSlices
+from load_weights import load_pretrained, save_pretrained
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,36 +51,6 @@ def gelu_pytorch_tanh(x):
 # and its config says "gelu" (EleutherAI/gpt-neox, megatron/model/fused_bias_gelu.py).
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "gelu_fast": gelu_fast,
                "gelu_pytorch_tanh": gelu_pytorch_tanh}
-
-
-# ------------------------------------------------------------------------------------------------
-# A linear layer for one new token
-# ------------------------------------------------------------------------------------------------
-
-class Linear(nn.Linear):
-    """nn.Linear, with a faster order of factors for one new token a row; `exact` is never so."""
-
-    exact = False                                          # set with the model's backend: the definition's
-
-    def forward(self, x):
-        few = (x.dim() == 3 and x.size(1) == 1 and x.size(0) <= 16 and x.dtype == torch.float32
-               and x.device.type == "cpu" and not torch.is_grad_enabled()
-               and not torch.compiler.is_compiling())
-        if self.exact or not few:
-            return super().forward(x)
-        return few_rows(x[:, 0], self.weight, self.bias)[:, None]
-
-
-def few_rows(x, weight, bias=None):
-    """Linear layer for x (N, K), N <= 16, float32 on a CPU: weight xᵀ instead of x weightᵀ.
-
-    BLAS shares a product among the cores by rows of its first factor.  With the weight there, each core
-    reads its own part of it; the other way round, or for a single column, one core reads it all (hence the
-    one row twice).  `benchmark.py ceilings` measures both.
-    """
-    columns = x.T if x.size(0) > 1 else torch.cat([x, x]).T
-    y = (weight @ columns)[:, :x.size(0)].T.contiguous()                   # (N, rows of weight)
-    return y if bias is None else y + bias
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,14 +248,12 @@ class PreTrainedModel(nn.Module):
         with a warning that names its weights.  Raises OSError for files that are missing or cannot be
         had, ValueError for files that are broken or belong to another model.
         """
-        from load_weights import load_pretrained
         return load_pretrained(cls, name_or_folder, revision=revision, torch_dtype=torch_dtype,
                                dtype=dtype, device=device, attn_implementation=attn_implementation,
                                changes=changes)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors under the official names, for transformers too."""
-        from load_weights import save_pretrained
         save_pretrained(self, folder)
 
     def set_attn_implementation(self, name):

@@ -24,8 +24,8 @@ import torch.nn as nn
 from attention import attention, choose_backend
 from base import (ACTIVATIONS, Linear, ModelOutput, PreTrainedModel, check_fields, check_inputs,
                   fields_of, key_mask_of, next_token_loss, settle_labels)
-from generate import generate
-from heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification
+from sampling import generate
+from task_heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class GPTNeoConfig:
     tie_word_embeddings: bool = True
     num_labels: int | None = None           # of the task heads; None: as many as id2label has, else 2
     id2label: dict | None = None
-    problem_type: str | None = None         # of a sequence classifier; None: see heads.py
+    problem_type: str | None = None         # of a sequence classifier; None: see task_heads.py
 
     model_type = "gpt_neo"                  # no annotation, so not a field
     SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads",

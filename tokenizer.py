@@ -32,6 +32,8 @@ from typing import NamedTuple
 
 import tiktoken
 
+from files import fetch
+
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 SETTINGS = ("padding_side", "model_max_length")
 UNLIMITED = int(1e30)                  # transformers' model_max_length where no file gives one
@@ -94,7 +96,6 @@ def find_file(name_or_folder, filename, revision, required=False):
     """Path of one file, in a folder or on the hub; None if it is not there and not required."""
     path = Path(name_or_folder) / filename
     if not path.parent.is_dir():
-        from load_weights import fetch                           # here, since it imports torch
         return fetch(name_or_folder, filename, revision, required)
     if required and not path.is_file():
         raise FileNotFoundError(f"no tokenizer.json and no {filename} in {path.parent}: copy the "

@@ -29,7 +29,7 @@ class Ours:
         self.new = self.model(ids, cache=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
         self.context, self.step = ids.size(1), None
         if self.compile:
-            from decode import Step
+            from fast.step import Step
             self.step = Step(self.model, self.cache)
 
     @torch.no_grad()

@@ -235,8 +235,8 @@ def memory(args):
 
 def ceilings(args):
     """The two rates that the floors are made of, and the product of one row and of 16 in each form."""
-    import decode as compiled
-    from base import few_rows
+    from fast import step as compiled
+    from fast.linear import few_rows
     found = {"read bandwidth, GB/s": bandwidth() / 1e9}
     for dtype in (torch.float32, torch.bfloat16):
         found[f"matrix product, {name_of(dtype)}, GFLOP/s"] = matrix_rate(dtype) / 1e9

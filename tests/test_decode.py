@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-import decode
 import generate
+import sampling
+from fast import step as decode
 from attention import KVCache
 from conftest import ROOT
 from helpers import ours, random_case, relative

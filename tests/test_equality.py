@@ -217,7 +217,7 @@ def test_loss_in_slices_has_the_same_bits(dtype):
 def test_few_rows_are_a_linear_layer(rows, bias):
     """The other order of factors errs no more than torch's own; never in the definition, in training, or for
     another dtype."""
-    from base import Linear
+    from fast.linear import Linear
     torch.manual_seed(rows)
     layer = Linear(768, 301, bias=bias)
     x = torch.randn(rows, 1, 768)

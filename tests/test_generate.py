@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import generate as G
+import generate
+import sampling as G
 from conftest import ROOT
 from helpers import ours, random_case, reference
 
@@ -173,8 +174,8 @@ def test_rows_without_a_token_are_not_chosen(pair, monkeypatch, capsys):
     assert max(draws[None]) >= 50 > max(draws[50])
 
     seen, stream = [], G.stream
-    monkeypatch.setattr(G, "stream", lambda *a, **k: seen.append(k["real_vocab"]) or stream(*a, **k))
-    assert G.main(["HAMLET.", "--model", str(ROOT / "checkpoints" / "demo-neox"), "--max-new-tokens", "1"]) == 0
+    monkeypatch.setattr(generate, "stream", lambda *a, **k: seen.append(k["real_vocab"]) or stream(*a, **k))
+    assert generate.main(["HAMLET.", "--model", str(ROOT / "checkpoints" / "demo-neox"), "--max-new-tokens", "1"]) == 0
     assert seen == [1472]
 
 
@@ -230,4 +231,4 @@ def test_penalty_pushes_down_both_signs_once():
 ])
 def test_stop_texts(pieces, stops, expected):
     """Found across pieces, never half shown, not shown themselves."""
-    assert "".join(G.text_until(iter(pieces), stops)) == expected
+    assert "".join(generate.text_until(iter(pieces), stops)) == expected

@@ -16,7 +16,7 @@ import test_triton
 from conftest import ROOT
 from helpers import Case, assert_bit_equal, ours, reference, relative
 
-FILES = ["attention", "base", "generate", "load_weights", "neo", "neox"]
+MODULES = ["attention", "fast", "fast.linear", "fast.slices", "files", "load_weights", "base", "sampling", "task_heads", "neo", "neox"]
 
 NEOX_MISTAKES = {
     "QKV split in thirds": ("neox.py", """\
@@ -63,15 +63,15 @@ CACHE_MISTAKES = {
     "sdpa block one key short": ("attention.py", "rows.size(-2) - window + 1)", "rows.size(-2) - window + 2)"),
 }
 GENERATE_MISTAKES = {
-    "positions count the padding": ("generate.py", "(mask.cumsum(-1) - 1).clamp(min=0)",
+    "positions count the padding": ("sampling.py", "(mask.cumsum(-1) - 1).clamp(min=0)",
                                     "torch.arange(T).expand(B, T)"),
-    "padding is read": ("generate.py", "read(model, new, mask, position_ids", "read(model, new, torch.ones_like(mask), position_ids"),
-    "ended rows do not draw": ("generate.py", "token = choose(scores, settings, generator)",
+    "padding is read": ("sampling.py", "read(model, new, mask, position_ids", "read(model, new, torch.ones_like(mask), position_ids"),
+    "ended rows do not draw": ("sampling.py", "token = choose(scores, settings, generator)",
                                "token = torch.zeros(B, dtype=torch.long).masked_scatter(~done, choose(scores[~done], "
                                "settings, generator))"),
-    "penalty divides negative scores": ("generate.py", "torch.where(seen < 0, seen * penalty, seen / penalty)",
+    "penalty divides negative scores": ("sampling.py", "torch.where(seen < 0, seen * penalty, seen / penalty)",
                                         "seen / penalty"),
-    "top-p leaves the boundary out": ("generate.py", "cumsum(-1) <= 1 - p", "cumsum(-1) <= 1 - p + 0.05"),
+    "top-p leaves the boundary out": ("sampling.py", "cumsum(-1) <= 1 - p", "cumsum(-1) <= 1 - p + 0.05"),
 }
 # Slips in the Triton kernel; each line stands in one of the three kernels.
 TRITON_MISTAKES = {
@@ -96,22 +96,24 @@ TRITON_MISTAKES = {
 def planted(tmp_path, monkeypatch):
     """planted(file, old, new) -> our modules, imported from a copy in which `old` reads `new`."""
     def plant(file, old, new):
-        for name in FILES:
-            source = (ROOT / f"{name}.py").read_text()
-            if f"{name}.py" == file:
+        (tmp_path / "fast").mkdir()
+        for name in MODULES:
+            path = "fast/__init__.py" if name == "fast" else name.replace(".", "/") + ".py"
+            source = (ROOT / path).read_text()
+            if path == file:
                 assert source.count(old) == 1, f"{file} does not hold once:\n{old}"
                 source = source.replace(old, new)
             source = source.replace('"window_attention::', '"planted_attention::')     # operators have one name
-            (tmp_path / f"{name}.py").write_text(source)
+            (tmp_path / path).write_text(source)
             monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.syspath_prepend(tmp_path)
         importlib.invalidate_caches()
-        modules = {name: importlib.import_module(name) for name in FILES}
+        modules = {name: importlib.import_module(name) for name in MODULES}
         assert modules["neo"].__file__.startswith(str(tmp_path))
         return {"gpt_neo": modules["neo"], "gpt_neox": modules["neox"], **modules}
 
     yield plant
-    for name in FILES:                                     # the real ones come back with monkeypatch
+    for name in MODULES:                                     # the real ones come back with monkeypatch
         sys.modules.pop(name, None)
 
 

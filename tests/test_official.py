@@ -11,7 +11,8 @@ import functools
 import pytest
 import torch
 
-from load_weights import AutoModelForCausalLM, AutoTokenizer, fetch
+from files import fetch
+from load_weights import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.official
 

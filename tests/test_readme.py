@@ -28,10 +28,8 @@ def rows(header):
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table]
 
 
-def test_every_module_is_listed_with_its_length():
-    listed = {name: int(lines) for name, lines, _ in rows("| file |")}
-    modules = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
-    assert listed == modules
+def test_every_module_is_listed():
+    assert {name for name, _ in rows("| file |")} == {path.name for path in ROOT.glob("*.py")}
 
 
 def test_the_first_command_is_near_the_top_and_its_output_is_true(capsys):

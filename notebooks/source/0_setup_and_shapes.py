@@ -304,12 +304,12 @@ def count_weights(config):                                 # the rule of thumb a
 # | what changed to GPT-NeoX and Pythia | `diff neo.py neox.py`, then notebook 2 |
 # | which token may read which, and fast ways to do it | `attention.py`: `visible`, `naive`; notebook 3 for the Triton kernel |
 # | what the tensors of an official file are called, and whether a port is right | `load_weights.py`, `compare.py`, notebook 4 |
-# | temperature, top-k, top-p | `choose` in `generate.py`, notebook 5 |
-# | how one token at a time becomes fast | `decode.py` |
+# | temperature, top-k, top-p | `choose` in `sampling.py`, notebook 5 |
+# | how one token at a time becomes fast | `fast/step.py` |
 # | how likely a given text is: loss, perplexity, bits per byte | `score.py`, notebook 5 |
 # | training | `train.py`, notebook 6 |
 # | what is trained on: files of text, or labels of texts | `tasks.py`, notebook 6 |
-# | classifying texts or tokens, finding an answer in a text | `heads.py`, notebook 6 |
+# | classifying texts or tokens, finding an answer in a text | `task_heads.py`, notebook 6 |
 #
 # Below the list of files stands the picture of “Logits out” for an official model, by its name on the hub; without a network that cell says “skipped”.
 

@@ -2,7 +2,7 @@
 # # Sampling: from logits to text
 #
 # A language model does not write. It gives a number to every token of its vocabulary, and something else has to
-# choose. That something fills a page of `generate.py`, and most of what a text feels like is decided there.
+# choose. That something fills a page of `sampling.py`, and most of what a text feels like is decided there.
 #
 # **Time** 35 minutes, exercises not counted (they are 85 more). **Needs** a CPU and the bundled demo checkpoints; a
 # network only for what `official` fetches, which is skipped without one. You should know what a logit and a softmax are.
@@ -19,7 +19,7 @@ import sys; sys.path[:0] = [".."]                      # the modules lie one fol
 import inspect, itertools, math, time
 import torch
 from attention import KVCache
-from generate import Settings, choose, keep_top_k, keep_top_p, stream
+from sampling import Settings, choose, keep_top_k, keep_top_p, stream
 from lesson import exercise, official
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from plots import *
@@ -545,7 +545,7 @@ def chance(hits, N):
 # %% [markdown]
 # ## 8 · The KV cache
 #
-# `stream`, the loop itself, is short; read it in `generate.py`. The prompt is read once; then each new token alone is fed back,
+# `stream`, the loop itself, is short; read it in `sampling.py`. The prompt is read once; then each new token alone is fed back,
 # and attention finds the keys and values of all earlier ones in the cache.
 #
 # First: is that the same computation? Read the speech at once (that was `along`), and token by token through a cache. Then
@@ -591,7 +591,7 @@ assert factor > 3
 # whole text is worked through again, so a text of n tokens costs about n²/2 tokens' work. The price is memory. Half
 # of GPT-Neo's layers are local, and their queries never look back more than a window, here 64; `KVCache` lets those layers forget.
 #
-# What remains is overhead and the weights. `decode.py` writes the step for one token once more, in forms that
+# What remains is overhead and the weights. `fast/step.py` writes the step for one token once more, in forms that
 # `torch.compile` turns into a few loops: `model.generate(ids, compile=True)`, or `--compile`. It needs a C++ compiler and some
 # seconds to warm up, so it is not run here.
 #
@@ -848,5 +848,5 @@ for how in ways:
 #
 # - Holtzman and others, *The Curious Case of Neural Text Degeneration*, 2020: top-p, and the picture of section 2.
 # - Nguyen and others, *Turning Up the Heat: Min-p Sampling*, 2024.
-# - `generate.py` from top to bottom, and `tests/test_generate.py`, which holds it against the reference for 500 tokens.
+# - `sampling.py` from top to bottom, and `tests/test_generate.py`, which holds it against the reference for 500 tokens.
 # - Notebook 1 on the layers that may forget, notebook 3 on the kernel, notebook 6 to change what the distribution says.

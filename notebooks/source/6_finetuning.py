@@ -19,7 +19,7 @@
 import sys; sys.path[:0] = [".."]                      # the modules lie one folder up
 import csv, inspect, json, math, tempfile, warnings
 import torch, torch.nn.functional as F
-import heads, neo
+import neo, task_heads
 from checkpoints.finetune_shakespeare import acts, bag_of_words
 from lesson import exercise, official
 from load_weights import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -58,12 +58,12 @@ assert not set(plays["train"]) & set(plays["valid"])
 #
 # ## 2 · What a head is
 #
-# `neo.py` builds the classifier from the backbone and a head of `heads.py`:
+# `neo.py` builds the classifier from the backbone and a head of `task_heads.py`:
 
 # %%
 print(inspect.getsource(neo.GPTNeoForSequenceClassification))
-print(inspect.getsource(heads.Head.__init__))
-print(inspect.getsource(heads.ForSequenceClassification.forward))
+print(inspect.getsource(task_heads.Head.__init__))
+print(inspect.getsource(task_heads.ForSequenceClassification.forward))
 
 # %% [markdown]
 # The *backbone* is the model without its output matrix: tokens in, one vector of width C for each token out. The head is one
@@ -126,7 +126,7 @@ with evaluating(model, "float32"):
 # The last real one, that is:
 
 # %%
-print(inspect.getsource(heads.ForSequenceClassification.last_token))
+print(inspect.getsource(task_heads.ForSequenceClassification.last_token))
 print(model.last_token(ids).tolist(), "of", ids.size(1), "tokens")
 
 # %% [markdown]
@@ -793,7 +793,7 @@ for name, ours, reference in (
 # %% [markdown]
 # ## What we left out
 #
-# Training fewer weights than all (adapters, LoRA), the other two heads of `heads.py` (a label for each token; the beginning and end of an answer), lower
+# Training fewer weights than all (adapters, LoRA), the other two heads of `task_heads.py` (a label for each token; the beginning and end of an answer), lower
 # precision, several processes, and going on after an interruption. `train.py` has the last three: `python train.py --task classify --train a.csv --valid b.csv --init … --out …`.
 #
 # ## Further
@@ -801,4 +801,4 @@ for name, ours, reference in (
 # - `python checkpoints/finetune_shakespeare.py`: the same task with all passages, 256 tokens and both families.
 # - Howard and Ruder, *Universal Language Model Fine-tuning*, 2018: going on as a language model first, then the head.
 # - Radford and others, *Improving Language Understanding by Generative Pre-Training*, 2018: the head on the last token.
-# - `tests/test_heads.py`, which holds all six heads against the reference.
+# - `tests/test_task_heads.py`, which holds all six heads against the reference.

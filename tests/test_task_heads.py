@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-import heads
+import task_heads as heads
 import neo
 import neox
 from conftest import ROOT

@@ -9,7 +9,7 @@ Two things keep torch's own kernels from it on a CPU, and each has its form here
 
     one_row     a matrix times one vector, written as multiply and sum.  Compiled, it streams the
                 matrix twice as fast as torch's linear does for one row in float32, and half again as
-                fast in bfloat16 (benchmark.py ceilings; base.few_rows is the form without a compiler).
+                fast in bfloat16 (benchmark.py ceilings; fast.linear.few_rows is the form without a compiler).
     one_query   one query's attention as two such sums with a softmax between them.
 
 torch.compile turns each block into a few loops; `whole` keeps it from folding the LayerNorm before
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import at_least_float32
-from base import few_rows
+from fast.linear import few_rows
 from neox import GPTNeoXConfig, rotary_tables, rotate
 
 
