@@ -120,8 +120,8 @@ def settings_of(args, model, prompt_length):
 def write(model, tokenizer, prompt, args, generator):
     """Continue one prompt on standard output; returns (prompt tokens, seconds, new tokens, seconds)."""
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
-    check_prompt(model, ids, None)
     settings = settings_of(args, model, ids.size(1))
+    check_prompt(model, ids, None, settings)
     settings.total_length(ids.size(1), model.config)       # what cannot be is said before text begins
     times = [time.perf_counter()]
 

@@ -2,12 +2,13 @@
 
     B  rows of the batch · T  tokens so far · V  vocabulary
 
-The loop is short: read the prompt into a KV cache, turn the last logits into a choice, feed the
-chosen token back.  `choose` holds what temperature, top-k and top-p mean.  Meanings, defaults and
-the order of steps are those of transformers' generate (v5.23.0, generation/utils.py and
+The loop is short: prefill the prompt into a KV cache, turn the last logits into a choice, feed the
+chosen token back.  `STEPS` lists what can happen to the scores on the way.  Meanings, defaults and
+the order of the steps are those of transformers' generate (v5.23.0, generation/utils.py and
 logits_process.py), so the same seed draws the same tokens.
 """
 
+import math
 import warnings
 from dataclasses import dataclass, fields
 
@@ -15,74 +16,92 @@ import torch
 
 from attention import KVCache, choose_backend
 from base import check_inputs, key_mask_of
+from tokenizer import token_bytes
 
 
 # ------------------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------------------
 
-class _Unset:
-    def __repr__(self):
-        return "the checkpoint's, else the reference's default"
-
-
-UNSET = _Unset()                                           # None has meanings of its own
-
-
 @dataclass
 class Settings:
-    """How to generate.  The defaults are the reference's; generation_config.json goes before them."""
+    """How to generate.  These are the reference's defaults; generation_config.json can change them."""
 
     do_sample: bool = False               # False: greedy, always the likeliest token
     temperature: float = 1.0              # below 1 sharpens, above 1 flattens
     top_k: int | None = 50                # only the k likeliest; 0 or None: all
     top_p: float | None = 1.0             # only the fewest that hold this much probability
+    min_p: float | None = None            # only those with this share of the likeliest's probability
     repetition_penalty: float = 1.0       # above 1 makes what already stands in the text unlikelier
+    no_repeat_ngram_size: int = 0         # no n tokens stand twice in the text
+    bad_words_ids: list | None = None     # lists of ids that are never written
+    suppress_tokens: list | None = None   # ids that are never written
+    begin_suppress_tokens: list | None = None   # ids that are not written first
     max_length: int | None = None         # prompt and continuation together
     max_new_tokens: int | None = None     # continuation alone; wins over max_length
+    min_length: int | None = None         # no end of text before it, prompt included
+    min_new_tokens: int | None = None     # the same, without the prompt; wins over min_length
+    stop_strings: str | list | None = None      # a row ends where its text holds one; needs a tokenizer
     num_return_sequences: int = 1
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
+    bos_token_id: int | None = None       # nothing here reads it: no prompt is made up
 
     @classmethod
-    def of(cls, model, given):
-        """Given by the caller, else by generation_config.json, else (ids only) by config.json."""
-        known = {f.name: f.default for f in fields(cls)}
-        for name in ("eos_token_id", "pad_token_id"):
-            known[name] = getattr(model.config, name)
-        stored = {k: v for k, v in model.generation_config.items() if k in known and v is not None}
-        chosen = {k: v for k, v in given.items() if v is not UNSET}
-        if {"max_length", "max_new_tokens"} & chosen.keys():           # a stored length gives way
-            stored = {k: v for k, v in stored.items() if not k.startswith("max_")}
-        settings = cls(**{**known, **stored, **chosen})
-        settings.check()
+    def of(cls, model, given, config=None):
+        """Given by the caller, else by `config`, else by the checkpoint, else the default.
+
+        given: {name: value}, where None switches off.  config: a dict or an object with to_dict, like
+        transformers' GenerationConfig, where None means not set.  Only a checkpoint without any
+        generation settings has the ids of the end of text and of padding from config.json.
+        Raises ValueError, naming the setting, for what this project does not do and for values that
+        mean nothing.
+        """
+        stored = as_dict(model.generation_config)
+        if not stored:
+            stored = {name: getattr(model.config, name) for name in ("eos_token_id", "pad_token_id")}
+        chosen, source = {}, {}
+        for where, settings in (("generation_config.json: ", stored),
+                                ("generation_config: ", as_dict(config))):
+            for name, value in settings.items():
+                if value is not None:
+                    chosen[name], source[name] = plain(value), where
+        chosen |= {name: plain(value) for name, value in given.items()}
+        source |= dict.fromkeys(given, "")
+        names = [f.name for f in fields(cls)]
+        for name in chosen.keys() - set(names):
+            refuse(name, chosen, source[name], names)
+        settings = cls(**{name: value for name, value in chosen.items() if name in names})
+        settings.check(source)
         return settings
 
-    def check(self):
-        """Raise ValueError for values that mean nothing."""
-        number = isinstance(self.temperature, (int, float))
-        if self.do_sample and not (number and 0 < self.temperature < float("inf")):
-            raise ValueError(f"temperature must be above 0, got {self.temperature} "
-                             "(do_sample=False is the limit towards 0)")
-        if self.do_sample and self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.do_sample and self.top_k is not None and not (self.top_k >= 0 and self.top_k % 1 == 0):
-            raise ValueError("top_k must be a whole number from 1, or 0 or None for all, got "
-                             f"{self.top_k}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences must be at least 1, got {self.num_return_sequences}")
+    def check(self, source):
+        """Raise ValueError, naming the setting and where it stands, for values that mean nothing."""
+        for name, (right, must) in CHECKS.items():
+            value = getattr(self, name)
+            if name in SAMPLING_ONLY and not self.do_sample or value is None and name != "temperature":
+                continue
+            if not right(value):
+                raise ValueError(f"{source.get(name, '')}{name} must be {must}, got {short(value)}")
+        self.do_sample = bool(self.do_sample)
+        self.num_return_sequences = self.num_return_sequences or 1
+        if self.min_length and self.min_new_tokens is not None:
+            warnings.warn(f"both min_new_tokens={self.min_new_tokens} and min_length={self.min_length} "
+                          "are set; min_new_tokens wins", stacklevel=4)
+            self.min_length = None
         if self.num_return_sequences > 1 and not self.do_sample:
-            raise ValueError("num_return_sequences above 1 needs do_sample=True: greedy ones are "
-                             "all equal")
+            raise ValueError(f"{source['num_return_sequences']}num_return_sequences above 1 needs "
+                             "do_sample=True: greedy ones are all equal")
 
     @property
     def eos_ids(self):
-        return self.eos_token_id if isinstance(self.eos_token_id, list) else \
-            [] if self.eos_token_id is None else [self.eos_token_id]
+        ids = self.eos_token_id
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    @property
+    def pad(self):
+        """What follows the end of a row: pad_token_id, else the first end of text, else None."""
+        return self.pad_token_id if self.pad_token_id is not None else (self.eos_ids or [None])[0]
 
     def total_length(self, prompt, config):
         """Tokens of prompt and continuation, or ValueError with the numbers if they cannot be."""
@@ -98,30 +117,199 @@ class Settings:
         if total <= prompt:
             raise ValueError(f"the prompt has {prompt} tokens, which leaves nothing to generate within "
                              f"a total length of {total}")
+        least = max(self.min_length or 0, prompt + (self.min_new_tokens or 0))
+        if least > total:
+            warnings.warn(f"the least length, {least} tokens, is more than the {total} at which "
+                          "generation stops", stacklevel=4)
         if config.position_limit is not None and total > config.position_limit:
             raise ValueError(f"{prompt} prompt tokens + {total - prompt} new ones = {total}, more than "
                              f"the {config.position_limit} positions that this model has learned")
         return total
 
 
+def whole(value, least=0):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def list_of(right, value, least=0):
+    return isinstance(value, list) and len(value) >= least and all(right(each) for each in value)
+
+
+TOKEN_IDS = (lambda x: list_of(whole, x), "a list of token ids")
+CHECKS = {                                                 # what each setting must be, if it is not None
+    "do_sample": (lambda x: isinstance(x, bool), "True or False"),
+    "temperature": (lambda x: number(x) and 0 < x < math.inf,
+                    "a number above 0 (do_sample=False is the limit towards 0)"),
+    "top_k": (whole, "a whole number from 1, or 0 or None for all"),
+    "top_p": (lambda x: number(x) and 0 < x <= 1, "a number above 0 and at most 1"),
+    "min_p": (lambda x: number(x) and 0 <= x <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (lambda x: number(x) and 0 < x < math.inf, "a number above 0"),
+    "no_repeat_ngram_size": (whole, "a whole number from 1, or 0 for off"),
+    "bad_words_ids": (lambda x: list_of(lambda word: list_of(whole, word, 1), x, 1),
+                      "a list of lists of token ids, none of them empty"),
+    "suppress_tokens": TOKEN_IDS,
+    "begin_suppress_tokens": TOKEN_IDS,
+    "max_length": (lambda x: whole(x, -math.inf), "a whole number"),
+    "max_new_tokens": (lambda x: whole(x, 1), "a whole number and at least 1"),
+    "min_length": (whole, "a whole number, not negative"),
+    "min_new_tokens": (whole, "a whole number, not negative"),
+    "stop_strings": (lambda x: x and (isinstance(x, str) or list_of(lambda s: s and isinstance(s, str), x)),
+                     "a text or a list of texts, none of them empty"),
+    "num_return_sequences": (lambda x: whole(x, 1), "a whole number and at least 1"),
+    "eos_token_id": (lambda x: whole(x) or list_of(whole, x), "a token id, a list of them, or None"),
+    "pad_token_id": (whole, "a token id or None"),
+    "bos_token_id": (whole, "a token id or None"),
+}
+# What only a draw reads; greedy text is the same whatever they say, here and in the reference.
+SAMPLING_ONLY = {"temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff",
+                 "eta_cutoff"}
+
+# The reference's other settings and arguments, which are left to it.  None and the values that stand
+# here change nothing and are accepted; any other value is refused by the setting's name.
+REFUSED = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "typical_p",
+                     "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff",
+                     "encoder_no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits",
+                     "return_dict_in_generate", "renormalize_logits", "remove_invalid_values",
+                     "token_healing", "use_mtp", "is_assistant", "low_memory", "synced_gpus",
+                     "trust_remote_code"), (False,)),
+    **dict.fromkeys(("logits_processor", "stopping_criteria"), ([],)),
+    "cache_implementation": ("dynamic",),
+    **dict.fromkeys(("top_h", "max_time", "forced_bos_token_id", "forced_eos_token_id",
+                     "exponential_decay_length_penalty", "sequence_bias", "watermarking_config",
+                     "constraints", "force_words_ids", "dola_layers", "prompt_lookup_num_tokens",
+                     "assistant_early_exit", "speculation_type", "cache_config", "compile_config",
+                     "continuous_batching_config", "prefill_chunk_size", "prefix_allowed_tokens_fn",
+                     "assistant_model", "assistant_tokenizer", "streamer", "negative_prompt_ids",
+                     "negative_prompt_attention_mask", "custom_generate", "inputs_embeds",
+                     "position_ids", "past_key_values", "token_type_ids"), ()),
+}
+# Accepted whatever they say.  They act only together with a setting that is refused (beam search, an
+# assistant), say how the reference computes and not what, or only describe the file.
+WITHOUT_EFFECT = {
+    "early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "max_matching_ngram_size", "decoder_start_token_id", "use_cache",
+    "max_cache_len", "disable_compile", "transformers_version", "_from_model_config", "_commit_hash",
+}
+
+
+def refuse(name, chosen, where, known):
+    """Raise ValueError for a setting that is none of Settings' fields, unless it changes nothing."""
+    value = chosen[name]
+    if name in WITHOUT_EFFECT or name in SAMPLING_ONLY and not chosen.get("do_sample"):
+        return
+    if name not in REFUSED:
+        raise ValueError(f"{where}{name!r} is no setting of generate; it knows {', '.join(known)}")
+    if value is not None and value not in REFUSED[name]:
+        off = " or ".join(map(repr, (None, *REFUSED[name])))
+        raise ValueError(f"{where}{name}={short(value)} is not supported here, only in transformers: "
+                         f"leave it out or set it to {off}")
+
+
+def as_dict(config):
+    """Generation settings as a dict, from None, a dict or an object like transformers' GenerationConfig."""
+    if config is None or isinstance(config, dict):
+        return config or {}
+    for method in ("to_diff_dict", "to_dict"):
+        if hasattr(config, method):
+            return getattr(config, method)()
+    raise ValueError("generation_config must be a dict or have a method to_dict, got "
+                     f"{type(config).__name__}")
+
+
+def plain(value):
+    """A setting as Python writes it: tensors and numpy's arrays and numbers, tuples and sets are no more."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [plain(each) for each in value] if isinstance(value, (list, tuple, set)) else value
+
+
+def short(value):
+    """A value for an error message, cut where it would fill the line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 # ------------------------------------------------------------------------------------------------
 # From logits to a token
 # ------------------------------------------------------------------------------------------------
 
-def choose(scores, settings, generator=None):
+# What happens to the scores, in the reference's order: setting, the value at which nothing happens
+# (None is always one), function of (scores (B, V), the setting's value, the Text so far) -> (B, V).
+STEPS = (
+    ("repetition_penalty", 1, lambda scores, x, text: penalize(scores, text.ids, text.first, x)),
+    ("no_repeat_ngram_size", 0, lambda scores, n, text: forbid_repeats(scores, text.ids, n)),
+    ("bad_words_ids", None, lambda scores, words, text: forbid_words(scores, text.ids, words, text.eos)),
+    ("min_length", 0, lambda scores, n, text: scores if text.length >= n else forbid(scores, text.eos)),
+    ("min_new_tokens", 0,
+     lambda scores, n, text: scores if text.length - text.prompt >= n else forbid(scores, text.eos)),
+    ("suppress_tokens", None, lambda scores, ids, text: forbid(scores, ids)),
+    ("begin_suppress_tokens", None,
+     lambda scores, ids, text: scores if text.length > text.prompt else forbid(scores, ids)),
+    ("temperature", 1, lambda scores, x, text: scores / x),            # from here on only for a draw
+    ("top_k", 0, lambda scores, k, text: keep_top_k(scores, k)),
+    ("top_p", 1, lambda scores, p, text: keep_top_p(scores, p)),
+    ("min_p", 0, lambda scores, p, text: keep_min_p(scores, p)),
+)
+
+
+def choose(scores, settings, generator=None, text=None):
     """One token for each row.  scores (B, V) float32 -> ids (B,)
 
-    Sampling draws for every row, finished or not, so that the draws of the others do not depend
-    on when a row ends.
+    text: the Text so far, for the settings that look at it.  Sampling draws for every row, ended or
+    not, so that the draws of the others do not depend on when a row ends.
     """
+    for name, off, step in STEPS:
+        value = getattr(settings, name)
+        if value is not None and value != off and (settings.do_sample or name not in SAMPLING_ONLY):
+            scores = step(scores, value, text)
     if not settings.do_sample:
         return scores.argmax(-1)
-    scores = scores / settings.temperature
-    if settings.top_k:
-        scores = keep_top_k(scores, settings.top_k)
-    if settings.top_p is not None and settings.top_p < 1.0:
-        scores = keep_top_p(scores, settings.top_p)
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def forbid(scores, ids):
+    """-inf for these ids, a list; one that the vocabulary does not have is never written anyway."""
+    ids = torch.tensor([i for i in ids if i < scores.size(-1)], dtype=torch.long, device=scores.device)
+    return scores.index_fill(-1, ids, float("-inf"))
+
+
+def forbid_words(scores, ids, words, eos):
+    """-inf for every token that would complete one of the words, lists of ids.  (B, V) -> (B, V)
+
+    ids (B, T) is the text so far.  A word that is an end of text alone stays allowed.
+    """
+    words = [word for word in words if word not in [[i] for i in eos]]
+    banned = torch.zeros_like(scores, dtype=torch.bool)
+    banned[:, [word[0] for word in words if len(word) == 1]] = True
+    for *beginning, last in words:
+        if 0 < len(beginning) <= ids.size(1):
+            before = torch.tensor(beginning, device=ids.device)
+            banned[:, last] |= (ids[:, -len(beginning):] == before).all(-1)            # (B,)
+    return scores.masked_fill(banned, float("-inf"))
+
+
+def forbid_repeats(scores, ids, n):
+    """-inf for every token that would write n tokens that stand in the row already.  (B, V) -> (B, V)
+
+    The last n - 1 tokens of ids (B, T) are compared with every n - 1 before them; where they agree,
+    the token that followed then must not follow now.
+    """
+    V, T = scores.size(-1), ids.size(1)
+    if T < n:
+        return scores
+    ngrams = ids.unfold(1, n, 1)                                           # (B, T - n + 1, n)
+    same = (ngrams[..., :-1] == ids[:, None, T - n + 1:]).all(-1)          # (B, T - n + 1)
+    followers = ngrams[..., -1].masked_fill(~same, V)                      # V: a column to throw away
+    scores = torch.nn.functional.pad(scores, (0, 1))                       # (B, V + 1)
+    return scores.scatter(1, followers, float("-inf"))[:, :V]
 
 
 def keep_top_k(scores, k):
@@ -140,6 +328,12 @@ def keep_top_p(scores, p):
     drop = ranked.softmax(-1).cumsum(-1) <= 1 - p
     drop[:, -1] = False
     return scores.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
+
+
+def keep_min_p(scores, p):
+    """-inf for tokens with less than p times the probability of the row's likeliest.  (B, V) -> (B, V)"""
+    probabilities = scores.softmax(-1)
+    return scores.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), float("-inf"))
 
 
 def penalize(scores, ids, first, penalty):
@@ -163,64 +357,133 @@ def penalize(scores, ids, first, penalty):
 
 @torch.no_grad()
 def stream(model, input_ids, attention_mask=None, *, settings, generator=None, real_vocab=None,
-           compile=False):
+           compile=False, tokenizer=None):
     """Yield the next token of every row, (B,), until all rows have ended or the length is reached.
 
     input_ids (B, T), padded on the left where rows differ, with attention_mask (B, T) to say where.
-    A row that has ended yields pad_token_id.  real_vocab: ids from there on are never chosen (they
-    are rows that only round up the size of the matrix).  compile: read the prompt as always, then
-    take the compiled step of fast/step.py for each new token.
+    A row that has ended yields padding.  real_vocab: ids from there on are never chosen (they are
+    rows that only round up the size of the matrix).  compile: after the prefill, decode with the
+    compiled step of fast/step.py.  tokenizer: what stop_strings are found with.
     """
-    pad = settings.pad_token_id if settings.pad_token_id is not None else (settings.eos_ids or [None])[0]
-    mask = infer_mask(input_ids, attention_mask, pad, settings.eos_ids)                # (B, T)
-    B, T = input_ids.shape
-    total = settings.total_length(T, model.config)
-    first = (mask != 0).int().argmax(1)                                                # (B,)
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)      # counted from the first real token
-    cache = KVCache(model.config, B, total - 1, model.dtype, model.device)
-    step = compiled_step(model, cache) if compile else None
-    eos = torch.tensor(settings.eos_ids, device=input_ids.device, dtype=torch.long)
-    done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-    shrinks = step is None and choose_backend(model.attn_implementation) != "naive"
-    rows = torch.arange(B, device=input_ids.device)        # those that the model still reads
-    ids, new = input_ids, input_ids
+    mask = infer_mask(input_ids, attention_mask, settings)                 # (B, T)
+    total = settings.total_length(input_ids.size(1), model.config)
+    text = Text(input_ids, mask, settings, tokenizer)
+    decoder = Decoder(model, mask, total, compile)
+    new = input_ids
     while True:
-        if step is None or not cache.length:
-            logits = read(model, new, mask, position_ids, cache)
-        else:
-            logits = step(new, mask, position_ids)
-        scores = logits.float()
-        if len(rows) < B:                                  # ended rows draw too, whatever from
-            scores = scores.new_zeros(B, scores.size(1)).index_copy(0, rows, scores)   # (B, V)
-        if settings.repetition_penalty != 1.0:
-            scores = penalize(scores, ids, first, settings.repetition_penalty)
+        scores = decoder.scores(new)                                       # (B, V)
         if real_vocab is not None:
             scores[:, real_vocab:] = float("-inf")
-        token = choose(scores, settings, generator)                                    # (B,)
-        if len(eos):
-            token = token.masked_fill(done, pad)
-            done = done | torch.isin(token, eos)
+        token = choose(scores, settings, generator, text)                  # (B,)
+        token = text.append(token)
         yield token
-        ids = torch.cat([ids, token[:, None]], dim=1)
-        if ids.size(1) >= total or done.all():
+        if text.length >= total or text.done.all():
             return
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        position_ids = position_ids[:, -1:] + 1
-        if shrinks and done[rows].any():                   # no more reading for rows that have ended
-            going = ~done[rows]
-            cache.keep(going)
-            rows, mask, position_ids = rows[going], mask[going], position_ids[going]
-        new = token[rows, None]                                                        # (rows, 1)
+        new = token[:, None]                                               # (B, 1)
+        if text.eos:                                       # without one, ended rows are written on
+            decoder.leave_out(text.done)
+
+
+class Text:
+    """The rows as they stand: ids (B, T), and which have ended, done (B,) bool."""
+
+    def __init__(self, ids, mask, settings, tokenizer):
+        self.ids, self.prompt = ids, ids.size(1)
+        self.first = (mask != 0).int().argmax(1)           # (B,) the slot of a row's first real token
+        self.eos, self.pad = settings.eos_ids, settings.pad
+        self.done = torch.zeros_like(self.first, dtype=torch.bool)
+        stops = settings.stop_strings or []
+        self.stops = [s.encode() for s in ([stops] if isinstance(stops, str) else stops)]
+        self.tokenizer = tokenizer
+        if self.stops and tokenizer is None:
+            raise ValueError("stop_strings are found in the text, so generate needs tokenizer= as well")
+
+    @property
+    def length(self):
+        return self.ids.size(1)
+
+    def append(self, token):
+        """Write one token (B,) to each row, padding to those that have ended; returns what was written.
+
+        Without an end of text nothing is padded: as in the reference, rows that have met a stop text
+        are written on until all have.
+        """
+        if self.eos:
+            token = token.masked_fill(self.done, self.pad)
+            self.done = self.done | torch.isin(token, torch.tensor(self.eos, device=token.device))
+        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+        if self.stops:
+            self.done = self.done | ends_in(self.ids, self.stops, self.tokenizer)
+        return token
+
+
+def ends_in(ids, stops, tokenizer):
+    """Which rows of ids (B, T) hold one of the stop texts (bytes) with a part of it in the last token.  (B,)
+
+    Bytes are compared, as in the reference: a token may be a part of a character.
+    """
+    found = []
+    for row in ids[:, -max(map(len, stops)):].tolist():
+        tokens = tokenizer.convert_ids_to_tokens(row)
+        *before, last = [b"" if token is None else token_bytes(token) for token in tokens]
+        tail = b"".join(before) + last
+        found.append(last != b"" and any(stop in tail[-(len(last) + len(stop) - 1):] for stop in stops))
+    return torch.tensor(found, device=ids.device)
+
+
+class Decoder:
+    """A model and its KV cache.  Rows that have ended can be left out: the model no longer sees them."""
+
+    def __init__(self, model, mask, total, compile):
+        B = mask.size(0)
+        self.model, self.mask = model, mask
+        self.position_ids = (mask.cumsum(-1) - 1).clamp(min=0)     # counted from the first real token
+        self.cache = new_cache(model, B, total)
+        self.step = compiled_step(model, self.cache) if compile else None
+        self.B, self.rows = B, torch.arange(B, device=mask.device)         # rows: those not left out
+
+    def scores(self, new):
+        """Scores (B, V) float32 after the new ids: the prompt (B, T) at first, then one of each row (B, 1).
+
+        Rows that are left out get zeros.
+        """
+        if not self.cache.length:
+            return prefill(self.model, new, self.mask, self.position_ids, self.cache).float()
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        self.position_ids = self.position_ids[:, -1:] + 1
+        decode = self.step or self.decode
+        scores = decode(new[self.rows], self.mask, self.position_ids).float()
+        if len(self.rows) == self.B:
+            return scores
+        return scores.new_zeros(self.B, scores.size(1)).index_copy(0, self.rows, scores)
+
+    def decode(self, new, mask, position_ids):
+        """Logits (rows, V) after one new token (rows, 1) of each row."""
+        return self.model(new, mask, position_ids, cache=self.cache, logits_to_keep=1).logits[:, -1]
+
+    def leave_out(self, done):
+        """No more computing for rows that have ended, done (B,).
+
+        The definition computes all rows, as the reference does: its last bits depend on the shapes
+        multiplied.  The compiled step is compiled for one number of rows.
+        """
+        if self.step or choose_backend(self.model.attn_implementation) == "naive":
+            return
+        going = ~done[self.rows]
+        if not going.all():
+            self.cache.keep(going)
+            self.rows, self.mask = self.rows[going], self.mask[going]
+            self.position_ids = self.position_ids[going]
 
 
 CHUNK = 512                                                # tokens that pass through the model at once
 
 
-def read(model, ids, mask, position_ids, cache):
+def prefill(model, ids, mask, position_ids, cache):
     """Let the cache grow by ids (B, T); logits (B, V) after the last.
 
-    A long prompt is read in chunks, so that memory does not grow with its square.  The definition
-    reads it in one piece, as the reference does: its last bits depend on the shapes multiplied.
+    A long prompt passes in chunks, so that memory does not grow with its square.  The definition
+    takes it in one piece, as the reference does: its last bits depend on the shapes multiplied.
     """
     past, T = cache.length, ids.size(1)
     chunk = T if choose_backend(model.attn_implementation) == "naive" else CHUNK
@@ -231,53 +494,78 @@ def read(model, ids, mask, position_ids, cache):
     return out.logits[:, -1]
 
 
+def new_cache(model, B, total):
+    """A KV cache for B rows of `total` tokens; ValueError where there is no memory for so many."""
+    try:
+        return KVCache(model.config, B, total - 1, model.dtype, model.device)
+    except (RuntimeError, OverflowError, MemoryError, TypeError) as error:
+        raise ValueError(f"there is no room for the keys and values of {total} tokens in {B} rows "
+                         f"({short(str(error).splitlines()[0])}): generate fewer") from None
+
+
 def compiled_step(model, cache):
     """fast/step.py's step; imported here, for only --compile needs torch's compiler."""
     from fast.step import Step
     return Step(model, cache)
 
 
-def infer_mask(input_ids, attention_mask, pad, eos_ids):
+def infer_mask(input_ids, attention_mask, settings):
     """attention_mask, or what the reference makes of none: padding only if it cannot be an eos."""
     if attention_mask is not None:
         return attention_mask.long()
-    if pad is not None and pad not in eos_ids:
-        return (input_ids != pad).long()
+    if settings.pad is not None and settings.pad not in settings.eos_ids:
+        return (input_ids != settings.pad).long()
     return torch.ones_like(input_ids)
 
 
-def generate(self, input_ids, attention_mask=None, *, do_sample=UNSET, temperature=UNSET, top_k=UNSET,
-             top_p=UNSET, repetition_penalty=UNSET, max_length=UNSET, max_new_tokens=UNSET,
-             num_return_sequences=UNSET, eos_token_id=UNSET, pad_token_id=UNSET, generator=None,
-             compile=False):
-    """Prompt and continuation as ids, (B * num_return_sequences, total); see Settings for each name.
+def generate(self, input_ids=None, attention_mask=None, *, generator=None, compile=False, tokenizer=None,
+             generation_config=None, **settings):
+    """Prompt and continuation as ids, (B * num_return_sequences, total); the settings are Settings' fields.
 
     input_ids (B, T) integer, rows of different length padded on the left; attention_mask (B, T)
     says where.  eos_token_id: one id or several; None never stops.  With neither length given, 20
     new tokens.  generator: a torch.Generator to draw from, else torch's global one.  compile: decode
-    with the compiled step of fast/step.py, which takes some seconds to make, once.
-    Raises ValueError before any compute for settings that mean nothing, ids outside the vocabulary,
-    an empty prompt, more positions than the model has; RuntimeError for compile=True without a C++
-    compiler.
+    with the compiled step of fast/step.py, which takes some seconds to make, once.  tokenizer: needed
+    for stop_strings.  generation_config: settings as a dict or as transformers' object; those given
+    by name go before it.  inputs is another name of input_ids, as in transformers.
+    Raises ValueError before any compute for settings that mean nothing or that this project does not
+    have, ids outside the vocabulary, an empty prompt, more positions than the model has;
+    RuntimeError for compile=True without a C++ compiler.
     """
-    given = dict(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
-                 repetition_penalty=repetition_penalty, max_length=max_length,
-                 max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
-                 eos_token_id=eos_token_id, pad_token_id=pad_token_id)
-    settings = Settings.of(self, given)
-    check_prompt(self, input_ids, attention_mask)
+    inputs = settings.pop("inputs", None)
+    if inputs is not None and input_ids is not None:
+        raise ValueError("inputs and input_ids are two names of the same: give one")
+    input_ids = inputs if input_ids is None else input_ids
+    settings = Settings.of(self, settings, generation_config)
+    check_prompt(self, input_ids, attention_mask, settings)
     n = settings.num_return_sequences
     input_ids = input_ids.repeat_interleave(n, 0)                          # rows a a a b b b
     if attention_mask is not None:
         attention_mask = attention_mask.repeat_interleave(n, 0)
-    new = stream(self, input_ids, attention_mask, settings=settings, generator=generator, compile=compile)
+    new = stream(self, input_ids, attention_mask, settings=settings, generator=generator, compile=compile,
+                 tokenizer=tokenizer)
     return torch.cat([input_ids, *(token[:, None] for token in new)], dim=1)
 
 
-def check_prompt(model, input_ids, attention_mask):
+def check_prompt(model, input_ids, attention_mask, settings):
     """Raise ValueError for a prompt that cannot be continued; warn where padding is on the right."""
     check_inputs(input_ids, None, model.config)
+    if attention_mask is not None and not torch.is_tensor(attention_mask):
+        raise ValueError("attention_mask must be a tensor of shape (batch, tokens), got "
+                         f"{type(attention_mask).__name__}")
     key_mask_of(attention_mask, *input_ids.shape)
-    if attention_mask is not None and not attention_mask[:, -1].all():
+    B, V = input_ids.size(0) * settings.num_return_sequences, model.config.vocab_size
+    ends = settings.stop_strings or any(i < V for i in settings.eos_ids)
+    if B > 1 and ends and settings.pad is not None and settings.pad >= V:
+        raise ValueError(f"pad_token_id is {settings.pad}, which is written after the end of a row, and "
+                         f"this model's vocabulary has ids 0 to {V - 1}")
+    for word in settings.bad_words_ids or []:
+        if max(word) >= V:
+            raise ValueError(f"bad_words_ids has {max(word)}; this model's vocabulary has ids 0 to {V - 1}")
+    if attention_mask is not None:
+        right = not attention_mask[:, -1].all()
+    else:
+        right = len(input_ids) > 1 and settings.pad is not None and (input_ids[:, -1] == settings.pad).any()
+    if right:
         warnings.warn("a row of the prompt ends in padding: the continuation would start after it. "
                       "Pad on the left (tokenizer.padding_side = 'left')", stacklevel=3)

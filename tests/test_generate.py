@@ -40,6 +40,34 @@ SETTINGS = [
 ]
 
 
+CONTROLS = [                                               # the settings that look at the text, alone and together
+    dict(min_new_tokens=25, eos_token_id=[5, 6, 7, 8, 9, 10]), dict(min_length=30, eos_token_id=[*range(30)]),
+    dict(min_length=200, min_new_tokens=3, eos_token_id=[*range(60)]), dict(no_repeat_ngram_size=1, eos_token_id=None),
+    dict(no_repeat_ngram_size=2, eos_token_id=5), dict(no_repeat_ngram_size=3, repetition_penalty=0.7),
+    dict(bad_words_ids=[[i] for i in range(0, 60, 3)] + [[5]], eos_token_id=5),
+    dict(bad_words_ids=[[i, j] for i in range(97) for j in range(0, 97, 2)] + [[1, 2, 3]]),
+    dict(suppress_tokens=[*range(0, 90, 2), 3000], eos_token_id=[2, 3]), dict(suppress_tokens=()),
+    dict(begin_suppress_tokens=[*range(0, 80)]), dict(min_p=0.2), dict(min_p=0.05, top_k=0, temperature=2.0), dict(min_p=1.0),
+    dict(min_p=0.3, top_p=0.8, top_k=9, temperature=0.7, repetition_penalty=1.3, no_repeat_ngram_size=2,
+         suppress_tokens=[4, 5, 9], begin_suppress_tokens=[1], bad_words_ids=[[7], [8, 9]], min_new_tokens=9,
+         eos_token_id=(5, 6, 7, 9), pad_token_id=3),
+    dict(no_repeat_ngram_size=2, min_length=40, begin_suppress_tokens=[*range(50)], eos_token_id=[*range(40)], min_p=0.1),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*min_new_tokens")      # "both are set": said by both
+@pytest.mark.parametrize("settings", CONTROLS, ids=lambda s: str(s)[:60])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_settings_that_look_at_the_text_are_the_references(pair, do_sample, settings):
+    """Left-padded rows, which end at different times: the reference's ids at the same seed."""
+    ids = torch.randint(1, 97, (3, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :13], mask[1, :2] = 0, 0
+    ids[mask == 0] = 0
+    theirs, mine = both(pair, ids, mask, **{"do_sample": do_sample, "max_new_tokens": 40, **settings})
+    assert torch.equal(mine, theirs)
+
+
 def both(pair, ids, mask=None, **settings):
     results = []
     for model in pair:

@@ -64,11 +64,13 @@ CACHE_MISTAKES = {
 }
 GENERATE_MISTAKES = {
     "positions count the padding": ("sampling.py", "(mask.cumsum(-1) - 1).clamp(min=0)",
-                                    "torch.arange(T).expand(B, T)"),
-    "padding is read": ("sampling.py", "read(model, new, mask, position_ids", "read(model, new, torch.ones_like(mask), position_ids"),
-    "ended rows do not draw": ("sampling.py", "token = choose(scores, settings, generator)",
-                               "token = torch.zeros(B, dtype=torch.long).masked_scatter(~done, choose(scores[~done], "
-                               "settings, generator))"),
+                                    "torch.arange(mask.size(1)).expand(mask.shape)"),
+    "padding is read": ("sampling.py", "prefill(self.model, new, self.mask, self",
+                        "prefill(self.model, new, torch.ones_like(self.mask), self"),
+    "ended rows do not draw": ("sampling.py", "token = choose(scores, settings, generator, text)",
+                               "whole = text.ids, text.first; text.ids, text.first = (t[~text.done] for t in whole); "
+                               "token = torch.zeros(len(scores), dtype=torch.long).masked_scatter(~text.done, choose("
+                               "scores[~text.done], settings, generator, text)); text.ids, text.first = whole"),
     "penalty divides negative scores": ("sampling.py", "torch.where(seen < 0, seen * penalty, seen / penalty)",
                                         "seen / penalty"),
     "top-p leaves the boundary out": ("sampling.py", "cumsum(-1) <= 1 - p", "cumsum(-1) <= 1 - p + 0.05"),
