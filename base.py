@@ -9,6 +9,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from attention import choose_backend
 from fast.linear import Linear
-from fast.slices import InSlices
+from fast.slices import in_slices
 from load_weights import load_pretrained, save_pretrained
 
 
@@ -25,14 +26,9 @@ from load_weights import load_pretrained, save_pretrained
 # Activations: four names for two functions, kept apart because their roundings differ
 # ------------------------------------------------------------------------------------------------
 
+@in_slices(2**18, on="cpu")
 def gelu_new(x):
-    """The tanh form of GELU, in the order of transformers' NewGELUActivation, the power included.
-
-    Seven steps over memory: for large x on a CPU, slices take a quarter of the time ((2048, 3072),
-    float32), and a seventh of what a training step would keep.
-    """
-    if x.numel() > 2**20 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return InSlices.apply(gelu_new, 2**18, x.reshape(-1)).view(x.shape)
+    """The tanh form of GELU, in the order of transformers' NewGELUActivation, the power included."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
@@ -57,21 +53,42 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "gelu_fast": gelu_fast,
 # Outputs and the loss
 # ------------------------------------------------------------------------------------------------
 
-@dataclass
-class ModelOutput:
+@dataclass(eq=False)
+class ModelOutput(Mapping):
     """What a forward pass returns; None is what was not asked for.
 
     loss () float32 · logits (B, T, V) · last_hidden_state (B, T, C) · start_logits, end_logits (B, T)
     hidden_states: L + 1 tensors (B, T, C), the embeddings first, the last after the final norm
     attentions: L tensors (B, H, T, S)
+
+    Like transformers' ModelOutput it is also a mapping of what is not None, in this order:
+    out["logits"], "loss" in out, and, counted by position, out[0], out[:2], out.to_tuple().
     """
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
     start_logits: torch.Tensor | None = None               # question answering
     end_logits: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+
+    def __getitem__(self, key):
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        value = vars(self).get(key)
+        if value is None:
+            raise KeyError(f"{key}: this output has {', '.join(self)}")
+        return value
+
+    def __iter__(self):
+        return (name for name, value in vars(self).items() if value is not None)
+
+    def __len__(self):
+        return len(list(iter(self)))
+
+    def to_tuple(self):
+        """Everything that is not None, in the order of the fields."""
+        return tuple(self.values())
 
 
 torch.export.register_dataclass(ModelOutput)               # so that an exported model can return one
@@ -82,63 +99,92 @@ def next_token_loss(logits, labels):
 
     logits (B, T, V); labels (B, T), usually the input ids themselves, -100 where not to be scored
     (transformers' ForCausalLMLoss).  With nothing to score the mean of nothing is NaN, as there.
+    Raises ValueError for labels of another shape and for ids outside the vocabulary.
     """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels must have the shape of the logits' tokens {tuple(logits.shape[:2])}, "
+    check_labels(labels, logits)
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device, torch.long)  # shifted left
+    found = log_probability(logits.reshape(-1, logits.size(-1)), targets)
+    return F.nll_loss(found, targets.clamp(max=0), ignore_index=-100)
+
+
+@in_slices(2**20)
+def log_probability(logits, targets):
+    """Of each row's target id: logits (N, V), targets (N,) -> (N, 1).  For -100 something finite."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])
+
+
+def check_labels(labels, logits):
+    """Raise ValueError for labels that next_token_loss could not score."""
+    B, T, V = logits.shape
+    if labels.shape != (B, T):
+        raise ValueError(f"labels must have the shape of the logits' tokens {(B, T)}, "
                          f"got {tuple(labels.shape)} (labels and logits_to_keep exclude each other)")
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device)   # shifted left
-    logits = logits.reshape(-1, logits.size(-1))                           # (B * T, V)
-    if logits.numel() <= 2**20 or torch.compiler.is_compiling():
-        return F.nll_loss(log_probabilities(logits), targets, ignore_index=-100)
-    # The same, and the same bits, without (B * T, V) numbers more than the logits and their gradient.
-    of_targets = InSlices.apply(log_probability_of, 2**22 // logits.size(-1) + 1, logits, targets)
-    return F.nll_loss(of_targets, targets.clamp(max=0), ignore_index=-100)
-
-
-def log_probabilities(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def log_probability_of(logits, targets):
-    """Of each row's target: logits (N, V), targets (N,) -> (N, 1).  For -100 something finite."""
-    return log_probabilities(logits).gather(-1, targets.clamp(min=0)[:, None])
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be token ids, int64 or int32, got {labels.dtype}")
+    low, high = value_range(labels.where(labels != -100, 0), (0, 0))
+    if low < 0 or high >= V:
+        raise ValueError(f"labels range from {low} to {high}; they must be token ids from 0 to {V - 1}, "
+                         "or -100 where a token is not to be scored")
 
 
 # ------------------------------------------------------------------------------------------------
 # Inputs, checked before any compute
 # ------------------------------------------------------------------------------------------------
 
-def check_inputs(input_ids, position_ids, config, past=0):
-    """Raise ValueError, with the numbers, for ids or positions that the model has no row for.
+def value_range(tensor, unknown):
+    """(least, greatest) of a tensor's values; `unknown` where they cannot be looked at: on the meta
+    device, under torch.func.vmap, and while torch.compile or torch.export traces."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return unknown
+    try:
+        return tensor.min().item(), tensor.max().item()
+    except RuntimeError:                                   # vmap's answer to .item()
+        return unknown
 
-    Values cannot be looked at while torch.compile or torch.export traces; shapes can.
-    """
+
+def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
+    """Return (B, T), or raise ValueError, with the numbers, for ids or positions that the model has
+    no row for, and where not exactly one of input_ids and inputs_embeds is given."""
     vocab_size, limit = config.vocab_size, config.position_limit
+    if inputs_embeds is None:
+        check_ids(input_ids)
+        B, T = input_ids.shape
+    elif input_ids is not None:
+        raise ValueError("input_ids and inputs_embeds were both given; they exclude each other")
+    else:
+        B, T, C = inputs_embeds.shape if inputs_embeds.dim() == 3 else (0, 0, 0)
+        if C != config.hidden_size:
+            raise ValueError(f"inputs_embeds must have shape (batch, tokens, {config.hidden_size}), "
+                             f"got {tuple(inputs_embeds.shape)}")
+    if B == 0 or T == 0:
+        raise ValueError(f"the input is empty: shape {(B, T)}; give at least one token")
+    if limit is not None and past + T > limit:
+        raise ValueError(f"{past + T} tokens ({past} cached + {T} new) are more than the "
+                         f"{limit} positions that this model has learned")
+    if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
+        raise ValueError(f"position_ids must have shape {(B, T)}, got {tuple(position_ids.shape)}")
+    if input_ids is not None:
+        low, high = value_range(input_ids, (0, 0))
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids range from {low} to {high}; this model's vocabulary has ids "
+                             f"0 to {vocab_size - 1}")
+    if position_ids is not None and limit is not None:
+        low, high = value_range(position_ids, (0, 0))
+        if low < 0 or high >= limit:
+            raise ValueError(f"position_ids range from {low} to {high}; this model has positions "
+                             f"0 to {limit - 1}")
+    return B, T
+
+
+def check_ids(input_ids):
+    """Raise ValueError for what is not a batch of token ids."""
     if not torch.is_tensor(input_ids):
         raise ValueError("input_ids must be a tensor of shape (batch, tokens), got "
                          f"{type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2:
         raise ValueError("input_ids must be int64 or int32 (.long() makes them so) of shape "
                          f"(batch, tokens), got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
-    B, T = input_ids.shape
-    if B == 0 or T == 0:
-        raise ValueError(f"input_ids is empty: shape {(B, T)}; give at least one token")
-    if limit is not None and past + T > limit:
-        raise ValueError(f"{past + T} tokens ({past} cached + {T} new) are more than the "
-                         f"{limit} positions that this model has learned")
-    if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
-        raise ValueError(f"position_ids must have shape {(B, T)}, got {tuple(position_ids.shape)}")
-    if torch.compiler.is_compiling() or input_ids.is_meta:
-        return
-    low, high = input_ids.min().item(), input_ids.max().item()
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"input_ids range from {low} to {high}; this model's vocabulary has ids "
-                         f"0 to {vocab_size - 1}")
-    if position_ids is not None and limit is not None:
-        low, high = position_ids.min().item(), position_ids.max().item()
-        if low < 0 or high >= limit:
-            raise ValueError(f"position_ids range from {low} to {high}; this model has positions "
-                             f"0 to {limit - 1}")
 
 
 def key_mask_of(attention_mask, B, S):
@@ -149,9 +195,8 @@ def key_mask_of(attention_mask, B, S):
         raise ValueError(f"attention_mask must have shape (batch, cached + new tokens) = {(B, S)}, "
                          f"got {tuple(attention_mask.shape)}")
     mask = attention_mask.bool()
-    if not torch.compiler.is_compiling() and not mask.is_meta and mask.all():
-        return None
-    return mask
+    least, _ = value_range(mask, (False, True))
+    return None if least else mask
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,32 +1,85 @@
 """A function of rows, computed a slice of rows at a time."""
 
+import functools
+
 import torch
+
+LARGE = 2**20            # with more numbers than this, x is computed in slices
+
+
+def in_slices(numbers, on=None):
+    """Decorator: compute function(x, *others) a slice of rows at a time where x is large.
+
+    x (..., C) and what the function returns have the same leading dimensions; each of `others` has
+    one row for each row of x.  Every row must be computed by itself, so the result has the same
+    bits as the whole.  numbers: about how many of x make a slice.  on: only for tensors on this
+    type of device.  torch.compile and torch.export get the function itself.
+    """
+    def decorate(function):
+        @functools.wraps(function)
+        def sliced(x, *others):
+            whole = (x.numel() <= LARGE or on not in (None, x.device.type)
+                     or torch.compiler.is_compiling())
+            if whole:
+                return function(x, *others)
+            width = x.size(-1)
+            rows = max(1, min(numbers, LARGE) // width)
+            y = InSlices.apply(function, rows, x.reshape(-1, width), *others)
+            return y.view(*x.shape[:-1], y.size(-1))
+        return sliced
+    return decorate
 
 
 class InSlices(torch.autograd.Function):
-    """function(x, *others) a slice of rows at a time, where each row is computed by itself: the same bits.
+    """function(x, *others) in slices of so many rows, forward and backward; only x gets a gradient.
 
-    What lies between a function's steps stays in the processor's cache, and none of it is kept for the
-    backward pass, which computes each slice once more.  Only x gets a gradient, and only a first one.
+    The backward pass computes each slice once more, so nothing between the function's steps is
+    kept.  Where somebody wants to differentiate the gradient again, it is that of the whole.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, function, rows, x, *others):
-        ctx.function, ctx.rows, kind = function, rows, x.device.type
-        ctx.save_for_backward(x, *others)
-        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    def forward(function, rows, x, *others):
         found = [function(*parts) for parts in zip(*(t.split(rows) for t in (x, *others)))]
-        with torch.autocast(kind, enabled=False):          # whose cat knows only one half precision
+        with torch.autocast(x.device.type, enabled=False):     # under it, cat refuses some dtypes
             return torch.cat(found)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.function, ctx.rows, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        kind = tensors[0].device.type
+        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind),
+                                      torch.is_autocast_enabled(kind))
+
+    @staticmethod
     def backward(ctx, grad):
         x, *others = ctx.saved_tensors
-        dx = torch.empty_like(x)
+        if torch.is_grad_enabled():                            # create_graph, torch.func
+            _, pull = torch.func.vjp(whole(ctx, others), x)
+            return None, None, *pull(grad), *(None for _ in others)
+        dx = (x[:0] * grad[:0]).new_empty(x.shape)             # batched where one of the two is
         for target, g, part, *rest in zip(*(t.split(ctx.rows) for t in (dx, grad, x, *others))):
             with torch.enable_grad(), ctx.autocast:
                 part = part.detach().requires_grad_()
                 y = ctx.function(part, *rest)
             target.copy_(torch.autograd.grad(y, part, g)[0])
         return None, None, dx, *(None for _ in others)
+
+    @staticmethod
+    def jvp(ctx, _function, _rows, tangent, *_others):
+        """Forward mode by two backward passes: the pullback is linear, and its own is the answer."""
+        x, *others = ctx.saved_tensors
+        y, pull = torch.func.vjp(whole(ctx, others), x)
+        _, push = torch.func.vjp(lambda grad: pull(grad)[0], torch.zeros_like(y))
+        return push(tangent)[0]
+
+
+def whole(ctx, others):
+    """The function of x alone, under the autocast of the forward pass."""
+    def function(x):
+        with ctx.autocast:
+            return ctx.function(x, *others)
+    return function
