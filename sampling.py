@@ -420,12 +420,13 @@ class Text:
 def ends_in(ids, stops, tokenizer):
     """Which rows of ids (B, T) hold one of the stop texts (bytes) with a part of it in the last token.  (B,)
 
-    Bytes are compared, as in the reference: a token may be a part of a character.
+    Bytes are compared, as in the reference: a token may be a part of a character.  An id without a
+    token counts as a byte that UTF-8 does not have.
     """
     found = []
     for row in ids[:, -max(map(len, stops)):].tolist():
         tokens = tokenizer.convert_ids_to_tokens(row)
-        *before, last = [b"" if token is None else token_bytes(token) for token in tokens]
+        *before, last = [b"\xff" if token is None else token_bytes(token) for token in tokens]
         tail = b"".join(before) + last
         found.append(last != b"" and any(stop in tail[-(len(last) + len(stop) - 1):] for stop in stops))
     return torch.tensor(found, device=ids.device)

@@ -1,14 +1,18 @@
 """generate: the reference's tokens, one for one, and a command line that behaves."""
 
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
 import generate
 import sampling as G
 from conftest import ROOT
 from helpers import ours, random_case, reference
+from load_weights import AutoModelForCausalLM, AutoTokenizer
 
 LONG = {"max_position_embeddings": 600}
 
@@ -166,6 +170,232 @@ def test_generation_config_is_obeyed(pair):
         assert mine.generate(ids, do_sample=False, max_new_tokens=2).shape[1] <= 5
     finally:
         mine.generation_config = {}
+
+
+# --- every setting of the reference's: done, without effect, or refused by its name ------------------
+
+IDS = torch.tensor([[4, 5, 6], [7, 8, 9]])
+NEUTRAL = transformers.GenerationConfig._get_default_generation_params()
+
+
+def stored(pair, settings):
+    """Both models' ids when their checkpoint's generation_config.json says these settings; from one seed."""
+    theirs, mine = pair
+    before = theirs.generation_config
+    theirs.generation_config, mine.generation_config = transformers.GenerationConfig(**settings), settings
+    try:
+        return both(pair, IDS)
+    finally:
+        theirs.generation_config, mine.generation_config = before, {}
+
+
+@pytest.mark.parametrize("name", sorted(vars(transformers.GenerationConfig())))
+def test_every_field_of_the_references_settings_is_known(pair, name):
+    """At None and at its default each is accepted, by the caller and in the file, and the text is the same."""
+    plain = pair[1].generate(IDS, max_new_tokens=4, eos_token_id=None)
+    if name in ("_original_object_hash", "_mask_length") or name == "temperature":
+        return
+    assert torch.equal(pair[1].generate(IDS, **{"max_new_tokens": 4, "eos_token_id": None, name: None})[:, :7], plain)
+    if name in NEUTRAL and name != "max_length":
+        how = {"max_new_tokens": 4, "eos_token_id": None, name: NEUTRAL[name]}
+        assert torch.equal(pair[1].generate(IDS, **how), plain)
+        assert torch.equal(*stored(pair, {"max_new_tokens": 4, name: NEUTRAL[name]}))
+
+
+def test_the_table_of_refused_settings_holds_nothing_else():
+    """A name that the reference does not have would be a slip of the pen."""
+    theirs = set(vars(transformers.GenerationConfig())) | set(inspect.signature(
+        transformers.GPTNeoForCausalLM.generate).parameters) | set(inspect.signature(
+        transformers.GPTNeoForCausalLM.forward).parameters) | {"_commit_hash", "assistant_tokenizer", "trust_remote_code"}
+    known = {f.name for f in fields(G.Settings)} | G.REFUSED.keys() | G.WITHOUT_EFFECT
+    assert known <= theirs | {"use_mtp"}
+    assert not G.REFUSED.keys() & G.WITHOUT_EFFECT
+
+
+REFUSED = dict(num_beams=4, num_beam_groups=2, guidance_scale=1.5, typical_p=0.9, top_h=0.4, epsilon_cutoff=3e-4,
+               eta_cutoff=1e-3, encoder_repetition_penalty=1.2, encoder_no_repeat_ngram_size=2, penalty_alpha=0.6,
+               renormalize_logits=True, remove_invalid_values=True, forced_eos_token_id=3, sequence_bias=[[[3], 2.0]],
+               exponential_decay_length_penalty=[5, 1.1], watermarking_config={"bias": 2.0}, max_time=3.0,
+               force_words_ids=[[3]], constraints=[3], prompt_lookup_num_tokens=3, token_healing=True,
+               cache_implementation="quantized", dola_layers="high", diversity_penalty=0.5, forced_bos_token_id=4)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_settings_are_refused_by_name(pair, name):
+    """From the caller and from the file; None in the call, or what is neutral, switches the file's off."""
+    model = pair[1]
+    with pytest.raises(ValueError, match=f"^{name}=.* is not supported here, only in transformers"):
+        model.generate(IDS, do_sample=True, **{name: REFUSED[name]})
+    model.generation_config = {name: REFUSED[name], "do_sample": True}
+    try:
+        with pytest.raises(ValueError, match=f"^generation_config.json: {name}=.* leave it out or set it to None"):
+            model.generate(IDS)
+        assert model.generate(IDS, **{name: None}, max_new_tokens=2).shape == (2, 5)
+    finally:
+        model.generation_config = {}
+
+
+@pytest.mark.parametrize("name, value", [("streamer", print), ("logits_processor", [print]), ("assistant_model", torch.nn.Linear(1, 1)),
+                                         ("return_dict_in_generate", True), ("output_scores", True), ("token_type_ids", IDS),
+                                         ("inputs_embeds", torch.zeros(1, 2, 3)), ("position_ids", IDS)])
+def test_other_arguments_are_refused_by_name(pair, name, value):
+    with pytest.raises(ValueError, match=f"^{name}=.* is not supported here"):
+        pair[1].generate(IDS, **{name: value})
+
+
+def test_an_unknown_setting_lists_the_known_ones(pair):
+    with pytest.raises(ValueError, match="'temprature' is no setting of generate; it knows .*temperature.*min_p"):
+        pair[1].generate(IDS, temprature=0.5)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(suppress_tokens=[*range(0, 90, 2)]), dict(no_repeat_ngram_size=2), dict(min_new_tokens=9, eos_token_id=[*range(50)]),
+    dict(bad_words_ids=[[i] for i in range(60)]), dict(do_sample=True, min_p=0.3), dict(max_new_tokens=5, max_length=30),
+    dict(do_sample=False, temperature=0.3, top_p=0.2, typical_p=0.2, top_k=3), dict(early_stopping=True, length_penalty=2.0),
+    dict(do_sample=True, temperature=0.7, top_k=20), dict(repetition_penalty=1.5, begin_suppress_tokens=[*range(50)]),
+    dict(eos_token_id=[*range(40)]), dict(eos_token_id=[*range(40)], pad_token_id=3), dict(top_k=5)], ids=str)
+@pytest.mark.filterwarnings("ignore")                      # of two lengths, of settings that only sampling reads
+def test_settings_in_the_checkpoint_are_the_references(pair, settings):
+    """Without an end of text in generation_config.json there is none, whatever config.json says."""
+    theirs, mine = stored(pair, settings)
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:both max_new_tokens")
+def test_who_wins(pair):
+    """The caller before an object, before the file; max_new_tokens before max_length wherever each stands."""
+    theirs, mine = pair
+    before = theirs.generation_config
+    mine.generation_config = {"max_new_tokens": 5, "eos_token_id": 9, "top_k": 3, "do_sample": True}
+    theirs.generation_config = transformers.GenerationConfig(**mine.generation_config)
+    mixed = transformers.GenerationConfig(top_k=7, no_repeat_ngram_size=2)
+    try:
+        for how in (dict(max_length=30), dict(generation_config=mixed), dict(generation_config=mixed, top_k=2),
+                    dict(eos_token_id=None), dict(do_sample=False), dict(top_k=None)):
+            assert torch.equal(*both(pair, IDS, **how)), how
+        assert torch.equal(mine.generate(IDS, do_sample=False, generation_config={"no_repeat_ngram_size": 2}),
+                           theirs.generate(IDS, do_sample=False, no_repeat_ngram_size=2))
+    finally:
+        theirs.generation_config, mine.generation_config = before, {}
+
+
+@pytest.mark.parametrize("eos", [5, [5, 6], (5, 6), torch.tensor(5), torch.tensor([5, 6]), np.array([5, 6]), np.int64(5)], ids=repr)
+def test_ids_as_numbers_lists_tuples_tensors_and_arrays(pair, eos):
+    as_list = np.asarray(eos).reshape(-1).tolist()
+    how = dict(do_sample=True, max_new_tokens=60)
+    found = [pair[1].generate(IDS, generator=torch.Generator().manual_seed(3), eos_token_id=ids, pad_token_id=pad, **how)
+             for ids, pad in ((eos, torch.tensor(3)), (as_list, 3))]
+    assert torch.equal(*found)
+
+
+def test_inputs_is_another_name(pair):
+    expected = pair[1].generate(IDS)
+    assert torch.equal(pair[1].generate(inputs=IDS), expected) and torch.equal(pair[1].generate(input_ids=IDS), expected)
+    with pytest.raises(ValueError, match="two names"):
+        pair[1].generate(IDS, inputs=IDS)
+
+
+WRONG = [("eos_token_id", "x"), ("eos_token_id", ["a", "b"]), ("eos_token_id", [[3]]), ("eos_token_id", True), ("eos_token_id", -1),
+         ("eos_token_id", 1.5), ("pad_token_id", "x"), ("pad_token_id", [3]), ("bos_token_id", "x"), ("suppress_tokens", "x"),
+         ("suppress_tokens", ["x"]), ("suppress_tokens", [True]), ("suppress_tokens", 5), ("begin_suppress_tokens", [-1]),
+         ("bad_words_ids", []), ("bad_words_ids", [3]), ("bad_words_ids", [[]]), ("bad_words_ids", [["x"]]), ("bad_words_ids", [[97]]),
+         ("temperature", "hot"), ("top_k", "all"), ("top_k", True), ("top_p", "x"), ("min_p", 1.5), ("min_p", "x"),
+         ("repetition_penalty", "x"), ("no_repeat_ngram_size", -1), ("no_repeat_ngram_size", 2.5), ("max_new_tokens", "x"),
+         ("max_new_tokens", 2.5), ("max_length", "x"), ("min_length", -1), ("min_new_tokens", "x"), ("do_sample", "yes"),
+         ("do_sample", 1), ("stop_strings", 5), ("stop_strings", [""]), ("stop_strings", ""), ("num_return_sequences", "x"),
+         ("eos_token_id", {"a": 1}), ("max_new_tokens", True)]
+
+
+@pytest.mark.parametrize("name, value", WRONG, ids=str)
+def test_values_of_the_wrong_kind_name_the_setting(pair, name, value):
+    """In one line, before anything is computed, with the file where it stands there."""
+    model = pair[1]
+    how = {} if name == "do_sample" else {"do_sample": True}
+    with pytest.raises(ValueError, match=f"^{name} (must be|has) .*") as caught:
+        model.generate(IDS, **how, **{name: value})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    if name == "bad_words_ids" and value == [[97]]:
+        return
+    model.generation_config = {name: value, **how}
+    try:
+        with pytest.raises(ValueError, match=f"^generation_config.json: {name} must be"):
+            model.generate(IDS)
+    finally:
+        model.generation_config = {}
+
+
+def test_padding_that_the_model_has_no_row_for(pair):
+    """Only a batch is ever padded."""
+    with pytest.raises(ValueError, match="pad_token_id is 97"):
+        pair[1].generate(IDS, pad_token_id=97, eos_token_id=5)
+    assert pair[1].generate(IDS[:1], pad_token_id=97, eos_token_id=5).size(0) == 1
+
+
+TOGETHER = dict(do_sample=True, max_new_tokens=30, min_p=0.02, no_repeat_ngram_size=2, repetition_penalty=1.2,
+                suppress_tokens=[3, 4], min_new_tokens=4, eos_token_id=[5, 6, 7, 8], pad_token_id=0)
+
+
+def test_the_compiled_step_sees_the_same_settings(pair, monkeypatch):
+    """The loop around it, with a step that is not compiled in its place: ended rows stay in."""
+    monkeypatch.setattr(G, "compiled_step", lambda model, cache: lambda new, mask, position_ids: model(
+        new, mask, position_ids, cache=cache, logits_to_keep=1).logits[:, -1])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    plain, compiled = (pair[1].generate(IDS, mask, compile=compile, generator=torch.Generator().manual_seed(1), **TOGETHER)
+                       for compile in (False, True))
+    assert torch.equal(plain, compiled)
+
+
+@pytest.mark.slow
+def test_compiled_with_settings_that_look_at_the_text(pair):
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    theirs, mine = (model.generate(IDS, attention_mask=mask, **how, **TOGETHER) for model, how in (
+        (pair[0], {}), (pair[1], {"compile": True})) if torch.manual_seed(1))
+    assert torch.equal(theirs, mine)
+
+
+# --- stop texts --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=["demo-neo", "demo-neox"])
+def demo(request):
+    """(the reference and its tokenizer, ours and ours) of a checkpoint that writes words."""
+    folder = ROOT / "checkpoints" / request.param
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return ((theirs, transformers.AutoTokenizer.from_pretrained(folder)),
+            (AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)))
+
+
+@pytest.mark.parametrize("stops", ["the", [" the ", ".\n"], ["e"], ["\n\n"], [":", "zzzz"], ["é", "?"], ["—"]], ids=str)
+def test_stop_strings_are_the_references(demo, stops):
+    """A row ends with the token that completes a stop text, which may begin in the token's middle or end there."""
+    prompts = ["HAMLET. To be, or not to be", "KING. What is the", "O,"]
+    results = []
+    for model, tokenizer in demo:
+        tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+        for how in (dict(), dict(do_sample=True, no_repeat_ngram_size=3, num_return_sequences=2), dict(eos_token_id=None)):
+            torch.manual_seed(2)
+            results.append(model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=40,
+                                          stop_strings=stops, tokenizer=tokenizer, **{"pad_token_id": tokenizer.eos_token_id, **how}))
+    for theirs, mine in zip(results[:3], results[3:]):
+        assert torch.equal(mine, theirs)
+
+
+def test_stop_strings_need_a_tokenizer(demo):
+    with pytest.raises(ValueError, match="stop_strings .* tokenizer="):
+        demo[1][0].generate(torch.tensor([[5]]), stop_strings="x")
+
+
+def test_tokens_that_hold_a_stop_text_in_their_middle():
+    """Where in the last token the text begins and ends, and ids without a token, made by hand."""
+    class Words:
+        words = ["las", "topper", "st", "op", "opera", "x stop y", "", "s", "top", "pped", "to"]
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.words[i] if i < len(self.words) else None for i in ids]
+    for row, ends in [([0, 1], True), ([2, 3], True), ([2, 4], True), ([2, 3, 7], False), ([5], True), ([7, 8], True),
+                      ([7, 10, 9], True), ([2, 6], False), ([2, 3, 6], False), ([2, 99, 3], False), ([99, 2, 3], True)]:
+        text = torch.tensor([row])
+        assert G.ends_in(text, [b"stop"], Words()).tolist() == [ends], row
 
 
 def test_a_generator_of_ones_own(pair):
