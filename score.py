@@ -115,14 +115,17 @@ def shown(token):
 
 
 def read_text(name):
-    """The text of a UTF-8 file, of standard input for "-".  ValueError if there is none."""
+    """The text of a UTF-8 file, of standard input for "-", without a byte-order mark.  ValueError if there is none."""
+    if name == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: there is no text to read")
     try:
-        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"{name}: {error.strerror}") from None
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8, the byte at offset {error.start} is "
                          f"{error.object[error.start]:#04x}") from None
+    except (OSError, ValueError) as error:                 # ValueError: a closed file, or a name with a null
+        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
     if not text:
         raise ValueError(f"{name}: there is no text in it")
     return text

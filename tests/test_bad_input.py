@@ -4,6 +4,7 @@ Every test starts from a folder that loads and generates, and breaks one thing i
 """
 
 import functools
+import io
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -637,6 +639,110 @@ def test_no_tokenizer(folder, capsys):
     assert generate.main(["hi", "--model", str(folder)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and "tokenizer.json" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("folder", ["gpt_neox"], indirect=True)
+@pytest.mark.parametrize("number", ["9" * 23, "9" * 17, str(2**63 - 5)])
+def test_more_tokens_than_any_memory_holds(folder, capsys, number):
+    """GPT-NeoX has no last position, so the length is only bounded by the cache."""
+    assert generate.main(["hi", "--model", str(folder), "--max-new-tokens", number]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: there is no room") and err.count("\n") == 1 and len(err) < 300
+
+
+@pytest.mark.parametrize("options", [["--interactive"], ["--score", "-"]], ids=" ".join)
+def test_standard_input_that_cannot_be_read(options, tmp_path, capsys, monkeypatch):
+    """Closed before or after Python began, or a folder."""
+    argv = [*options, "--model", str(good("gpt_neo"))]
+    with open(os.devnull) as closed:
+        pass
+    folder = types.SimpleNamespace(buffer=types.SimpleNamespace(read=lambda: open(tmp_path)), readline=lambda: open(tmp_path))
+    for stdin, says in ((None, "closed"), (closed, "closed"), (folder, "directory")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert generate.main(argv) == 2
+        out, err = capsys.readouterr()
+        err = err.removeprefix("prompt> ")
+        assert out == "" and err.startswith("error: ") and says in err and err.count("\n") == 1, err
+
+
+def test_standard_output_that_cannot_be_written(capsys, monkeypatch):
+    """Closed: there is no place for the text, and nothing pretends that there was."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert generate.main(["hi", "--model", str(good("gpt_neo"))]) == 2
+    assert capsys.readouterr().err == "error: standard output is closed: there is nowhere to write the text\n"
+
+
+@pytest.mark.parametrize("encoding, begins", [("cp1252", "é?–".encode("cp1252")), ("ascii", b"???"), ("utf-8", "é猫–".encode())])
+def test_standard_output_in_another_encoding(encoding, begins, capsys, monkeypatch):
+    """What the encoding does not have is a question mark, and a line says which characters and what to do."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert generate.main(["é猫–", "--model", str(good("gpt_neox")), "--max-new-tokens", "3", "--greedy"]) == 0
+    assert sys.stdout.buffer.getvalue().startswith(begins)
+    note = [line for line in capsys.readouterr().err.splitlines() if line.startswith("standard output is")]
+    assert len(note) == (encoding != "utf-8") and all(encoding in line and "猫" in line and "utf-8" in line for line in note)
+
+
+def test_prompts_of_other_bytes(capsys, monkeypatch):
+    """Not UTF-8 on the command line is refused; in a dialogue the next line is read."""
+    bad = os.fsdecode(b"caf\xe9")
+    for options in ([bad], [bad, "--top", "3"], ["hi", "--stop", bad]):
+        assert generate.main([*options, "--model", str(good("gpt_neo"))]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "is not UTF-8 at character" in err and err.count("\n") == 1
+    lines = b"\xef\xbb\xbfone\r\n  \r\ncaf\xe9\ntwo\r\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    monkeypatch.setattr(generate, "text_until", lambda pieces, stops: ["+"])
+    assert generate.main(["--interactive", "--model", str(good("gpt_neo")), "--max-new-tokens", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.split() == ["one+", "two+"] and "\r" not in out and err.count("is not UTF-8 at character 4") == 1
+
+
+def test_a_seed_that_is_no_seed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        generate.main(["hi", "--seed", str(2**64)])
+    assert caught.value.code == 2 and "--seed must fit into 64 bits" in capsys.readouterr().err
+
+
+def test_another_checkpoints_tokenizer(folder, tmp_path, capsys):
+    """TinyStories' folder on the hub has none of its own; --revision is the model's."""
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        if (folder / name).exists():
+            (folder / name).rename(own / name)
+    shutil.copy(folder / "config.json", own)
+    for options in ([], ["--top", "3"]):
+        assert generate.main(["hi", "--model", str(folder), "--tokenizer", str(own), *options]) == 0
+    (tmp_path / "text").write_text("hello")
+    assert generate.main(["--score", str(tmp_path / "text"), "--model", str(folder), "--tokenizer", str(own)]) == 0
+
+
+GENERATION = [({"num_beams": 4}, "num_beams=4"), ({"typical_p": 0.5}, "typical_p=0.5"), ({"eos_token_id": "x"}, "eos_token_id"),
+              ({"suppress_tokens": ["a"]}, "suppress_tokens"), ({"future": 1}, "'future'"), ({"top_k": -1}, "top_k"),
+              ({"stop_strings": [1]}, "stop_strings")]
+
+
+@pytest.mark.parametrize("settings, says", GENERATION, ids=str)
+def test_generation_config_that_cannot_be_obeyed(folder, capsys, settings, says):
+    """One line that names the file and the setting."""
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert generate.main(["hi", "--model", str(folder), "--max-new-tokens", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and "generation_config.json" in err and err.count("\n") == 1 and len(err) < 400, err
+
+
+def test_generation_config_on_the_command_line(folder, capsys):
+    """What the file says holds where no option says otherwise; the command line gives the tokenizer to stop_strings."""
+    path = folder / "generation_config.json"
+    outs = []
+    for settings, options in (({}, ["--top-k", "1"]), ({"top_k": 1}, []), ({"temperature": 0}, []), ({"min_p": 1.0}, []),
+                              ({"top_k": 1}, ["--top-k", "50", "--min-p", "1"])):
+        path.write_text(json.dumps(settings))
+        assert generate.main(["hi", "--model", str(folder), "--max-new-tokens", "12", *options]) == 0
+        outs.append(capsys.readouterr().out)
+    assert len(set(outs)) == 1
+    path.write_text(json.dumps({"stop_strings": "i", "no_repeat_ngram_size": 1}))
+    assert generate.main(["hi", "--model", str(folder), "--max-new-tokens", "12"]) == 0
 
 
 def test_ctrl_c_while_generating(neox_folder):

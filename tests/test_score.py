@@ -221,6 +221,15 @@ def test_score_of_a_file(name, backend, tmp_path, capsys):
     assert int(lines[3][1]) == len(ids) - 1 and lines[4] == ["window", "512", "tokens,", "stride", "256"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
+    """Editors on Windows put one before a file."""
+    outputs = []
+    for data in (b"hello", b"\xef\xbb\xbfhello"):
+        (tmp_path / "text").write_bytes(data)
+        outputs.append(printed(capsys, "--score", tmp_path / "text", "--model", good("gpt_neo")).out)
+    assert outputs[0] == outputs[1] and "4 tokens" in outputs[0]
+
+
 def test_standard_input_and_stride(monkeypatch, tmp_path, capsys):
     """- reads it; the stride is obeyed and changes the numbers of a long text; so does the dtype."""
     text = "To be, or not to be, that is the question. " * 3   # L is 32 here
