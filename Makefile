@@ -15,7 +15,7 @@ demo: .venv/run
 	@.venv/bin/python generate.py "HAMLET." --temperature 0.8 --top-p 0.9 --seed 1 --max-new-tokens 160
 
 finetune: .venv/test .venv/texts
-	.venv/bin/python checkpoints/finetune_shakespeare.py .venv/texts .venv/finetune
+	.venv/bin/python training/finetune_shakespeare.py .venv/texts .venv/finetune
 
 test: .venv/test
 	.venv/bin/python -m pytest -n auto -m "not slow and not official"

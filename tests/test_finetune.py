@@ -1,13 +1,14 @@
 """Fine-tuning by train.py: the reference's losses, gradients in parts, processes, kills, bad files."""
 
+import dataclasses
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import psutil
@@ -15,54 +16,21 @@ import pytest
 import torch
 import transformers
 
-import tasks
 import train
-from checkpoints.new_tokenizer import new_tokenizer
 from conftest import ROOT
-from helpers import relative
+from helpers import FOLDER, relative
 from load_weights import AutoModelForSequenceClassification, AutoTokenizer
-from test_train import metrics, nonsense, refused, run
+from training.tasks import Label
+from training_cases import (TASKS, examples, metrics, refused, run, wait_for_lines, write_data,
+                            write_examples)
 
-SHAPE = dict(hidden_size=32, layers=2, heads=2, window=8, vocab_size=320, context=48)
 RECIPE = ["--context", "48", "--batch-size", "7", "--lr", "3e-3", "--warmup", "5", "--threads", "1",
           "--steps", "50"]
-TASKS = ["lm", "classify"]
-
-
-def examples(seed, count):
-    """(text, label): a text of one to three lines, and whether its last line is about nobody, Zoë or a wood."""
-    draw = random.Random(seed).randint
-    texts = [nonsense(1000 * seed + i, draw(1, 3)) for i in range(count)]
-    return [(text, {"n": "nobody", "Z": "Zoë", "B": "wood"}[text[:-1].split("  ")[-1].split(" ", 1)[1][0]])
-            for text in texts]
-
-
-def write(path, rows):
-    """Rows of (text, label) as a CSV file or as JSON lines, as the name says."""
-    import csv
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            csv.writer(file).writerows([("label", "text"), *((label, text) for text, label in rows)])
-        else:
-            file.writelines(json.dumps(dict(text=text, label=label)) + "\n" for text, label in rows)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Texts, labelled texts, and small checkpoints of both families, with dropout and without."""
-    folder = tmp_path_factory.mktemp("finetune")
-    (folder / "text.txt").write_text(nonsense(1, 400), encoding="utf-8")
-    (folder / "held.txt").write_text(nonsense(2, 40), encoding="utf-8")
-    write(folder / "train.csv", examples(1, 150))
-    write(folder / "valid.jsonl", examples(2, 60))
-    for family in ("neo", "neox"):
-        for dropout in (0.0, 0.1):
-            torch.manual_seed(1)
-            out = folder / f"{family}-{dropout}"
-            train.new_model(Namespace(family=family, dropout=dropout, **SHAPE)).save_pretrained(out)
-            new_tokenizer([nonsense(1, 400)], family, 320, 48).save_pretrained(out)
-    return folder
+    return write_data(tmp_path_factory.mktemp("finetune"))
 
 
 def command(folder, out, task, *more, init="neo-0.0"):
@@ -73,13 +41,10 @@ def command(folder, out, task, *more, init="neo-0.0"):
 
 def started(arguments):
     """A run in this process, before its first step, with the definition's attention."""
-    args = train.parse(arguments)
-    task = train.TASKS[args.task](args)
-    torch.manual_seed(args.seed)
-    task.open(None, None)
-    task.model.set_attn_implementation("naive")
-    task.model.train()
-    return train.Run(args, {}, task)
+    run = train.start(train.parse([*arguments, "--out", str(Path(tempfile.mkdtemp(dir=FOLDER.name), "out"))]))
+    run.model.set_attn_implementation("naive")
+    run.model.train()
+    return run
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,7 +63,7 @@ def test_fifty_steps_beside_the_reference(folder, tmp_path, family, task):
     model = auto.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
     model.config.head_dim = mine.model.config.head_dim
     theirs.task.model = model.train()
-    theirs = train.Run(theirs.args, {}, theirs.task)
+    theirs = dataclasses.replace(theirs)                    # with an optimizer for this model
     losses = [(mine.update()["loss"], theirs.update()["loss"]) for _ in range(50)]
     apart = [abs(a - b) / abs(b) for a, b in losses]
     print(f"{family} {task}: loss {losses[0][1]:.3f} to {losses[-1][1]:.3f}; relative difference "
@@ -131,7 +96,7 @@ def test_accumulated_gradients_are_the_whole_batch_s(folder, task, turns):
         labels[3] = -100
     run.task.batch = lambda step: batch | dict(labels=labels)
     loss, whole = gradients(run)
-    run.args.accumulate = turns
+    run.accumulate = turns
     loss_in_parts, parts = gradients(run)
     print(f"{task}, {turns} turns: {relative(parts, whole):.1e}")
     assert relative(parts, whole) <= 1e-6
@@ -214,12 +179,6 @@ def test_an_error_in_one_process_ends_all(folder, tmp_path):
     said = [line for line in err.split("\n") if line.startswith("train.py: error:")]
     assert process.returncode and said == ["train.py: error: process 1: the disk is on fire"], err
     assert "gloo" not in err and time.time() - began < 100
-
-
-def wait_for_lines(out, count, process):
-    log = Path(f"{out}.run", "metrics.jsonl")
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= count):
-        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -315,9 +274,8 @@ def test_classifier_learns_and_is_what_the_reference_reads(folder, tmp_path, fam
     (["10", "9", "-1"], ["-1", "9", "10"]), ([10, 9, 2], ["2", "9", "10"]),
     (["b", "10", "9"], ["10", "9", "b"])])
 def test_labels_are_in_their_natural_order(folder, tmp_path, labels, names):
-    path = write(tmp_path / "a.jsonl", [(f"text {label}", label) for label in labels])
-    task = tasks.Label(train.parse(["--task", "classify", "--train", path, "--init", "-", "--out", "-"]))
-    assert task.names == names
+    path = write_examples(tmp_path / "a.jsonl", [(f"text {label}", label) for label in labels])
+    assert Label([path], [], context=48, batch_size=2, seed=0).names == names
 
 
 @pytest.mark.parametrize("family", ["neo", "neox"])
@@ -325,9 +283,9 @@ def test_padding_is_not_a_text_s_last_token(folder, tmp_path, family):
     """GPT-Neo pads with <|endoftext|>, which a text may end with; padding changes no row's logits."""
     texts = ["the queen<|endoftext|>", "the fool hears nobody.<|endoftext|><|endoftext|>", "a b c d " * 30,
              "x<|padding|>", "a<|endoftext|>b"]
-    path = write(tmp_path / "a.csv", [(text, i % 2) for i, text in enumerate(texts)])
+    path = write_examples(tmp_path / "a.csv", [(text, i % 2) for i, text in enumerate(texts)])
     run = started(["--task", "classify", "--train", path, "--init", str(folder / f"{family}-0.0"),
-                   "--out", "-", "--context", "40"])
+                   "--context", "40"])
     task = run.task
     assert task.tokenizer.pad_token == {"neo": "<|endoftext|>", "neox": "<|padding|>"}[family]
     assert task.longer == 1 and [label for _, label in task.train_rows] == [0, 1, 0, 1, 0]
@@ -441,7 +399,7 @@ def test_without_scikit_learn_it_says_so_at_the_start(folder, tmp_path, capsys, 
 
 def test_shakespeare_s_passages():
     """Ten lines that are not blank, none across a scene's end; every play is of one kind and on one side."""
-    from checkpoints import finetune_shakespeare as use
+    from training import finetune_shakespeare as use
 
     assert len(use.KIND) == 37 and sum(len(plays.split()) for plays in use.KINDS.values()) == 37
     assert sorted(use.KIND[play] for play in use.HELD_OUT) == sorted(2 * list(use.KINDS))

@@ -18,12 +18,13 @@ from benchmarks.shapes import SHAPES, model_class
 from conftest import ROOT
 from load_weights import AutoTokenizer
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, TRAINING, CHECKPOINTS = (ROOT.joinpath(folder, "README.md").read_text(encoding="utf-8")
+                                 for folder in ("", "training", "checkpoints"))
 
 
-def rows(header):
+def rows(header, document=README):
     """Cells of each row of the table whose header line starts so."""
-    lines = README[README.index(header):].splitlines()[2:]
+    lines = document[document.index(header):].splitlines()[2:]
     table = lines[:next(i for i, line in enumerate(lines) if not line.startswith("|"))]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table]
 
@@ -83,9 +84,14 @@ def test_sizes():
         assert table[name] == (f"{count:,}", f"{4 * count / 1e9:.2f} GB", f"{2 * count / 1e9:.2f} GB")
 
 
+def test_training_s_files_are_listed():
+    assert ({name for name, _ in rows("| file |", TRAINING)}
+            == {path.name for path in (ROOT / "training").glob("[a-z]*.py")})
+
+
 def test_demo_checkpoints():
     """Held-out bits per byte as training.json has them; small, and with windows that the context leaves behind."""
-    for name, *cells in rows("| demo checkpoint |"):
+    for name, *cells in rows("| demo checkpoint |", CHECKPOINTS):
         folder = ROOT / "checkpoints" / name
         record, config = (json.loads((folder / file).read_text()) for file in ("training.json", "config.json"))
         assert cells[-1] == f"{record['valid_bits_per_byte']:.3f}" and record["valid_bits_per_byte"] <= 2.3
@@ -115,11 +121,11 @@ def test_python_example_runs(capsys, monkeypatch):
 
 
 def test_command_lines_parse():
-    """Every option in the README's commands exists."""
+    """Every option in the commands of README.md and of the two READMEs about training exists."""
     import shlex
     parsers = {"generate.py": generate.arguments, "compare.py": compare.arguments, "train.py": train.parse}
     seen = set()
-    text = README.replace("\\\n", " ").replace("$DEMO", "--text a --seed 0")
+    text = "\n".join([README, TRAINING, CHECKPOINTS]).replace("\\\n", " ").replace("$DEMO", "--text a --seed 0")
     for line in re.findall(r"(?:^|python )((?:generate|compare|train)\.py .*)$", text, re.M):
         command, *arguments = shlex.split(line.split(" #")[0])
         if "CHECKPOINT" in arguments:

@@ -2,11 +2,7 @@
 
 import json
 import math
-import random
 import signal
-import subprocess
-import sys
-import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -15,24 +11,18 @@ import pytest
 import torch
 import transformers
 
-import tasks
 import train
-from conftest import ROOT
 from load_weights import AutoModelForCausalLM, AutoTokenizer
+from training.model import learning_rate, new_model, parameter_groups
+from training.texts import Batches
+from training_cases import SHAPE as SIZES
+from training_cases import metrics, nonsense, refused, run
 
 SHAPE = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--window", "8", "--context", "32",
          "--vocab-size", "320"]
 RECIPE = ["--steps", "60", "--batch-size", "8", "--lr", "1e-2", "--warmup", "5", "--dropout", "0.1",
           "--dtype", "bfloat16", "--threads", "1", "--eval-every", "25", "--save-every", "8"]
 ODD = "Zoë — “naïve”  日本 🜁\t\n\n   x  y<|endoftext|>\r\n e\u0301 " + " " * 30 + "end "
-
-
-def nonsense(seed, lines):
-    """Words in a fixed order of kinds: most of it can be predicted, but not by counting tokens."""
-    draw = random.Random(seed).choice
-    kinds = [["the", "a", "every"], ["queen", "porter", "fool", "messenger", "gentleman"],
-             ["   sees", "   hears", "   remembers", "   follows"], ["Zoë,\n", "nobody.\n", "Birnam wood!\n"]]
-    return "".join(" ".join(map(draw, kinds)) for _ in range(lines))
 
 
 @pytest.fixture(scope="module")
@@ -51,36 +41,16 @@ def command(folder, out, family, *more):
             str(folder / out), "--family", family, *SHAPE, *RECIPE, *more]
 
 
-def run(arguments, stop_with=None, after=0, **kwargs):
-    """train.py in a process of its own; with stop_with, that signal once `after` lines are logged."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    if stop_with:
-        metrics = Path(arguments[arguments.index("--out") + 1] + ".run", "metrics.jsonl")
-        while process.poll() is None and (
-                not metrics.exists() or metrics.read_bytes().count(b"\n") < after):
-            time.sleep(0.002)
-        process.send_signal(stop_with)
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
 def finished(folder):
     """The folder of an uninterrupted run: finished["neo"], finished["neox"], run when first wanted."""
     class Finished(dict):
         def __missing__(self, family):
-            status, _, err = run(command(folder, family, family))
-            assert status == 0, err
+            assert train.main(command(folder, family, family)) == 0
             self[family] = folder / family
             return self[family]
 
     return Finished()
-
-
-def metrics(out):
-    lines = Path(f"{out}.run", "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,7 +76,7 @@ def test_bits_per_byte_is_what_the_reference_finds(folder, finished, family):
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished[family])
     bits, size, context = 0.0, 0, 32
     for name in ("held_out.txt", "held_out_too.txt"):
-        data = (folder / name).read_bytes()
+        data = (folder / name).read_bytes().replace(b"\r\n", b"\n")        # as train.py reads it
         ids = [tokenizer.eos_token_id] + tokenizer(data.decode("utf-8")).input_ids
         for first in range(0, len(ids) - 1, context - 1):
             window = torch.tensor([ids[first : first + context]])
@@ -123,12 +93,12 @@ def test_bits_per_byte_is_what_the_reference_finds(folder, finished, family):
 
 
 def test_learning_rate():
-    rates = [train.learning_rate(step, 2.0, 4, 20) for step in range(20)]
+    rates = [learning_rate(step, 2.0, 4, 20) for step in range(20)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[12] == pytest.approx(1.0)                  # half way down the cosine
     assert all(a > b > 0 for a, b in zip(rates[4:], rates[5:]))
-    assert train.learning_rate(20, 2.0, 4, 20) == pytest.approx(0)
-    assert train.learning_rate(0, 2.0, 0, 20) == 2.0
+    assert learning_rate(20, 2.0, 4, 20) == pytest.approx(0)
+    assert learning_rate(0, 2.0, 0, 20) == 2.0
 
 
 @pytest.mark.parametrize("family, matrices", [("neo", 2 * 6), ("neox", 2 * 4 + 1)])
@@ -136,8 +106,8 @@ def test_learning_rate():
 def test_parameter_groups(family, matrices, fresh):
     """Decay for the matrices of linear layers (NeoX's output is one; GPT-Neo's is the embedding, which
     must not fade); a fresh GPT-Neo's q weights learn at 1/sqrt(D) of the rate, with decay to match."""
-    model = train.new_model(train.parse(["--text", "-", "--out", "-", "--family", family, *SHAPE]))
-    decayed, kept, folded = train.parameter_groups(model, 0.25, fresh)
+    model = new_model(family, context=32, dropout=0.1, **SIZES)
+    decayed, kept, folded = parameter_groups(model, 0.25, fresh)
     share = model.config.head_dim ** -0.5
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.25, 0.0)
     assert folded["share"] == share and folded["share"] * folded["weight_decay"] == pytest.approx(0.25)
@@ -151,14 +121,14 @@ def test_parameter_groups(family, matrices, fresh):
 
 def test_a_fresh_gpt_neo_has_the_scale_folded_in():
     """q weights at 0.02 / sqrt(D), so that unscaled scores start as scaled ones would."""
-    model = train.new_model(train.parse(["--text", "-", "--out", "-", "--family", "neo", *SHAPE]))
+    model = new_model("neo", context=32, dropout=0.1, **SIZES)
     attn = model.transformer.blocks[0].attn
     assert attn.q_proj.weight.std().item() == pytest.approx(0.02 * model.config.head_dim ** -0.5, rel=0.1)
     assert attn.k_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_every_epoch_takes_every_window_once():
-    batches = tasks.Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
+    batches = Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
     assert batches.windows == 62
     starts = []
     for step in range(2 * 62):                              # 2 * 62 * 5 windows are 10 epochs
@@ -168,9 +138,9 @@ def test_every_epoch_takes_every_window_once():
     epochs = [starts[i : i + 62] for i in range(0, len(starts), 62)]
     assert all(sorted(b - min(epoch) for b in epoch) == list(range(0, 992, 16)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 10 and len({min(epoch) for epoch in epochs}) > 1
-    again = tasks.Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
+    again = Batches(torch.arange(1000), context=16, batch_size=5, seed=3)
     assert again[77][:, 0].tolist() == starts[77 * 5 : 78 * 5]     # no need to have been elsewhere
-    assert tasks.Batches(torch.arange(1000), 16, 5, seed=4)[0].tolist() != again[0].tolist()
+    assert Batches(torch.arange(1000), 16, 5, seed=4)[0].tolist() != again[0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,14 +263,6 @@ def test_goes_on_from_a_checkpoint(folder, finished):
 # ------------------------------------------------------------------------------------------------
 # Bad input
 # ------------------------------------------------------------------------------------------------
-
-def refused(capsys, arguments):
-    """The one line that train.py says when it refuses."""
-    assert train.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("train.py: error: ") and err.count("\n") == 1, err
-    return err
-
 
 def test_bad_texts(folder, capsys):
     (folder / "latin.txt").write_bytes("Zoë".encode("latin-1"))

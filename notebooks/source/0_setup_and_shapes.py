@@ -308,7 +308,7 @@ def count_weights(config):                                 # the rule of thumb a
 # | how one token at a time becomes fast | `fast/step.py` |
 # | how likely a given text is: loss, perplexity, bits per byte | `score.py`, notebook 5 |
 # | training | `train.py`, notebook 6 |
-# | what is trained on: files of text, or labels of texts | `tasks.py`, notebook 6 |
+# | what is trained on: files of text, or labels of texts | `training/`, notebook 6 |
 # | classifying texts or tokens, finding an answer in a text | `task_heads.py`, notebook 6 |
 #
 # Below the list of files stands the picture of “Logits out” for an official model, by its name on the hub; without a network that cell says “skipped”.

@@ -20,11 +20,12 @@ import sys; sys.path[:0] = [".."]                      # the modules lie one fol
 import csv, inspect, json, math, tempfile, warnings
 import torch, torch.nn.functional as F
 import neo, task_heads
-from checkpoints.finetune_shakespeare import acts, bag_of_words
 from lesson import exercise, official
 from load_weights import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from plots import *
-from tasks import evaluating, padded, read_examples, score_texts
+from training.finetune_shakespeare import acts, bag_of_words
+from training.tasks import evaluating, score_texts
+from training.texts import padded, read_examples
 torch.set_num_threads(1);                              # one core: the same numbers at each run
 
 # %% [markdown]
@@ -798,7 +799,7 @@ for name, ours, reference in (
 #
 # ## Further
 #
-# - `python checkpoints/finetune_shakespeare.py`: the same task with all passages, 256 tokens and both families.
+# - `python training/finetune_shakespeare.py`: the same task with all passages, 256 tokens and both families.
 # - Howard and Ruder, *Universal Language Model Fine-tuning*, 2018: going on as a language model first, then the head.
 # - Radford and others, *Improving Language Understanding by Generative Pre-Training*, 2018: the head on the last token.
 # - `tests/test_task_heads.py`, which holds all six heads against the reference.

