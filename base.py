@@ -269,6 +269,23 @@ def fields_of(config):
     return fields
 
 
+class GenerationConfig(dict):
+    """A checkpoint's settings for generate, as generation_config.json has them: {name: value}.
+
+    As in transformers each is an attribute too, None where it is not set:
+    model.generation_config.pad_token_id = 0.
+    """
+    file = "generation_config.json"                        # where they stand, for error messages
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+    def __setattr__(self, name, value):
+        self[name] = value
+
+
 class PreTrainedModel(nn.Module):
     """A module that knows its config, its backend, and how to come from and go to a folder."""
 
@@ -277,7 +294,7 @@ class PreTrainedModel(nn.Module):
     def __init__(self, config, attn_implementation="auto"):
         super().__init__()
         self.config = config
-        self.generation_config = {}                        # what generation_config.json said
+        self.generation_config = GenerationConfig()
         self.attn_implementation = attn_implementation
         choose_backend(attn_implementation)                # an unknown name fails here, not later
 

@@ -19,7 +19,7 @@ import torch
 
 from attention import choose_backend
 from load_weights import AutoModelForCausalLM, AutoTokenizer
-from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate: for importers)
+from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate)
 from score import likeliest, read_text, score_text, window_and_stride
 
 
@@ -32,21 +32,23 @@ DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "
 # Options that are settings of generate.  Where one is not given, the checkpoint's
 # generation_config.json decides, and where that is silent, the default in the help.
 SETTINGS = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
-GENERATION = ("max_new_tokens", "temperature", *SETTINGS, "greedy", "seed", "num_samples", "stop", "compile",
-              "interactive")                               # options that only generation has
+GENERATION = ("max_new_tokens", "temperature", *SETTINGS, "greedy", "seed", "num_samples", "stop",
+              "compile", "interactive")                    # options that only generation has
 
 
 def arguments(argv=None):
     """The options, parsed and checked; what is wrong with them ends the program with status 2."""
     parser = argparse.ArgumentParser(
-        description="Continue a prompt with GPT-Neo, GPT-NeoX, Pythia or TinyStories, or evaluate a text. "
-                    "The text goes to standard output, everything else to standard error.")
+        description="Continue a prompt with GPT-Neo, GPT-NeoX, Pythia or TinyStories, or evaluate "
+                    "a text. The text goes to standard output, everything else to standard error.")
     add_generation_options(parser.add_argument)
     add_model_options(parser.add_argument)
     add = parser.add_argument
-    add("--score", metavar="FILE", help="instead of generating: evaluate this text, its loss, bits per byte "
-                                        "and perplexity; - is standard input")
-    add("--stride", type=int, metavar="N", help="stride of --score's sliding window (default: half the window)")
+    add("--score", metavar="FILE",
+        help="instead of generating: evaluate this text, its loss, bits per byte and perplexity; "
+             "- is standard input")
+    add("--stride", type=int, metavar="N",
+        help="stride of --score's sliding window (default: half the window)")
     add("--top", type=int, metavar="N", help="instead of generating: the N likeliest next tokens")
     args = parser.parse_args(argv)
     if problem := what_is_wrong(args, parser):
@@ -56,35 +58,42 @@ def arguments(argv=None):
 
 def add_generation_options(add):
     add("prompt", nargs="?", help="the text to continue")
-    add("--max-new-tokens", type=int, metavar="N", help="at most this many (default: 200, or what fits)")
+    add("--max-new-tokens", type=int, metavar="N",
+        help="at most this many (default: 200, or what fits)")
     add("--temperature", type=float, metavar="X",
-        help="default 0.9; 0 is greedy.  This and the next five: the checkpoint's generation_config.json "
-             "goes before the default")
-    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default 50; 0 is off)")
+        help="default 0.9; 0 is greedy.  For this and the next five options the checkpoint's "
+             "generation_config.json goes before the default")
+    add("--top-k", type=int, metavar="K",
+        help="sample from the K likeliest tokens (default 50; 0 is off)")
     add("--top-p", type=float, metavar="P",
         help="sample from the fewest tokens that hold probability P (default 1, which is off)")
     add("--min-p", type=float, metavar="P",
-        help="sample from tokens with at least P times the likeliest's probability (default 0, which is off)")
+        help="sample from tokens with at least P times the largest probability (default 0, off)")
     add("--repetition-penalty", type=float, metavar="X", help="default 1, which is off")
-    add("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens twice (default 0, which is off)")
+    add("--no-repeat-ngram-size", type=int, metavar="N",
+        help="write no N tokens twice (default 0, which is off)")
     add("--greedy", action="store_true", help="greedy decoding: always the likeliest token")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--num-samples", type=int, default=1, metavar="N",
         help="texts to generate, an empty line between them")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text; may be repeated")
     add("--interactive", action="store_true", help="read prompts from standard input, one a line")
 
 
 def add_model_options(add):
     add("--model", default=DEMO, help="folder or hub id (default: the bundled demo checkpoint)")
-    add("--tokenizer", metavar="NAME", help="folder or hub id of the tokenizer, for a checkpoint without its "
-                                            "own (TinyStories: EleutherAI/gpt-neo-125M)")
+    add("--tokenizer", metavar="NAME",
+        help="folder or hub id of the tokenizer, for a checkpoint without its own (TinyStories: "
+             "EleutherAI/gpt-neo-125M)")
     add("--revision", metavar="NAME",
-        help="the model's branch, tag or commit on the hub; Pythia's training steps are step0 ... step143000")
+        help="the model's branch, tag or commit on the hub; Pythia's training steps are step0 ... "
+             "step143000")
     add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", default="float32", metavar="NAME",
         help="float32, bfloat16, float16, auto (the checkpoint's)")
-    add("--backend", default="auto", metavar="NAME", help="attention: auto, naive, sdpa, triton, flash")
+    add("--backend", default="auto", metavar="NAME",
+        help="attention: auto, naive, sdpa, triton, flash")
     add("--compile", action="store_true",
         help="compile decoding: some seconds at first, then about twice the speed or more on a CPU")
 
@@ -143,12 +152,13 @@ def settings_of(args, model, prompt_length):
         temperature = as_dict(model.generation_config).get("temperature", 0.9)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     greedy = args.greedy or temperature == 0
-    return Settings.of(model, dict(given, do_sample=not greedy, temperature=1.0 if greedy else temperature,
-                                   max_new_tokens=new, max_length=None, num_return_sequences=1))
+    return Settings.of(model, dict(
+        given, do_sample=not greedy, temperature=1.0 if greedy else temperature,
+        max_new_tokens=new, max_length=None, num_return_sequences=1))
 
 
 def write(model, tokenizer, prompt, args, generator):
-    """Continue one prompt on standard output; returns (prompt tokens, seconds, new tokens, seconds)."""
+    """Continue one prompt; returns (prompt tokens, seconds, new tokens, seconds)."""
     check_text(prompt, "the prompt")
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
     settings = settings_of(args, model, ids.size(1))
@@ -162,7 +172,7 @@ def write(model, tokenizer, prompt, args, generator):
             yield token.item()
 
     with contextlib.closing(tokens()) as new:
-        first = next(new)                                  # what cannot be is said before text begins
+        first = next(new)                                  # errors come before any text
         print(prompt, end="", flush=True)
         pieces = tokenizer.stream(itertools.chain([first], new), skip_special_tokens=True)
         for piece in text_until(pieces, args.stop):
@@ -172,7 +182,7 @@ def write(model, tokenizer, prompt, args, generator):
 
 
 def check_text(text, what):
-    """Raise ValueError for text with bytes that were not UTF-8, which Python keeps as lone surrogates."""
+    """Raise ValueError for text from bytes that are not UTF-8; Python keeps them as surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -196,11 +206,12 @@ def peak_memory(device):
     """The most bytes that this process ever held: on the GPU if the model is there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):                     # Linux; getrusage there counts the parent too
+    with contextlib.suppress(OSError):                     # Linux; getrusage counts the parent
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def usable_device(name):
@@ -297,7 +308,7 @@ def prompts(args):
 
 
 def replace_what_cannot_be_written(output):
-    """Let `output` write ? for characters that its encoding does not have.  Returns the list of them."""
+    """Let `output` write ? for characters that its encoding does not have; returns their list."""
     replaced = []
 
     def replace(error):
@@ -327,14 +338,15 @@ def main(argv=None):
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         try:
             sys.stdout and sys.stdout.flush()
-        except OSError:                                    # a full disk: do not try once more at the end
+        except OSError:                                    # a full disk: do not try once more
             discard_output()
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         if replaced:
-            print(f"standard output is {sys.stdout.encoding}, which has no {' '.join(sorted(set(replaced)))}: "
-                  "written as ?.  With PYTHONIOENCODING=utf-8 the text is written whole", file=sys.stderr)
+            print(f"standard output is {sys.stdout.encoding}, which has no "
+                  f"{' '.join(sorted(set(replaced)))}: written as ?.  PYTHONIOENCODING=utf-8 "
+                  "has the text written whole", file=sys.stderr)
     return 0
 
 

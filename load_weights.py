@@ -206,7 +206,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     model.load_state_dict(state, strict=True, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    model.generation_config = generation_config
+    model.generation_config.update(generation_config)
     return model.eval()
 
 

@@ -25,13 +25,13 @@ from tokenizer import token_bytes
 
 @dataclass
 class Settings:
-    """How to generate.  These are the reference's defaults; generation_config.json can change them."""
+    """How to generate.  The defaults are the reference's; a checkpoint may have others."""
 
     do_sample: bool = False               # False: greedy, always the likeliest token
     temperature: float = 1.0              # below 1 sharpens, above 1 flattens
     top_k: int | None = 50                # only the k likeliest; 0 or None: all
     top_p: float | None = 1.0             # only the fewest that hold this much probability
-    min_p: float | None = None            # only those with this share of the likeliest's probability
+    min_p: float | None = None            # only those with this share of the largest probability
     repetition_penalty: float = 1.0       # above 1 makes what already stands in the text unlikelier
     no_repeat_ngram_size: int = 0         # no n tokens stand twice in the text
     bad_words_ids: list | None = None     # lists of ids that are never written
@@ -41,7 +41,7 @@ class Settings:
     max_new_tokens: int | None = None     # continuation alone; wins over max_length
     min_length: int | None = None         # no end of text before it, prompt included
     min_new_tokens: int | None = None     # the same, without the prompt; wins over min_length
-    stop_strings: str | list | None = None      # a row ends where its text holds one; needs a tokenizer
+    stop_strings: str | list | None = None      # a row ends with the token that completes one
     num_return_sequences: int = 1
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
@@ -51,43 +51,44 @@ class Settings:
     def of(cls, model, given, config=None):
         """Given by the caller, else by `config`, else by the checkpoint, else the default.
 
-        given: {name: value}, where None switches off.  config: a dict or an object with to_dict, like
+        given: {name: value}, where None switches off.  config: a dict or an object like
         transformers' GenerationConfig, where None means not set.  Only a checkpoint without any
         generation settings has the ids of the end of text and of padding from config.json.
         Raises ValueError, naming the setting, for what this project does not do and for values that
         mean nothing.
         """
         stored = as_dict(model.generation_config)
+        where = getattr(model.generation_config, "file", "generation_config.json")
         if not stored:
-            stored = {name: getattr(model.config, name) for name in ("eos_token_id", "pad_token_id")}
+            where, names = "config.json", ("eos_token_id", "pad_token_id")
+            stored = {name: getattr(model.config, name) for name in names}
         chosen, source = {}, {}
-        for where, settings in (("generation_config.json: ", stored),
-                                ("generation_config: ", as_dict(config))):
-            for name, value in settings.items():
-                if value is not None:
-                    chosen[name], source[name] = plain(value), where
+        for where, settings in ((f"{where}: ", stored), ("generation_config: ", as_dict(config))):
+            values = {name: plain(value) for name, value in settings.items() if value is not None}
+            chosen |= values
+            source |= dict.fromkeys(values, where)
         chosen |= {name: plain(value) for name, value in given.items()}
         source |= dict.fromkeys(given, "")
         names = [f.name for f in fields(cls)]
-        for name in chosen.keys() - set(names):
+        for name in sorted(chosen.keys() - set(names)):
             refuse(name, chosen, source[name], names)
         settings = cls(**{name: value for name, value in chosen.items() if name in names})
         settings.check(source)
         return settings
 
     def check(self, source):
-        """Raise ValueError, naming the setting and where it stands, for values that mean nothing."""
+        """Raise ValueError, naming setting and file, for values that mean nothing."""
         for name, (right, must) in CHECKS.items():
             value = getattr(self, name)
-            if name in SAMPLING_ONLY and not self.do_sample or value is None and name != "temperature":
-                continue
-            if not right(value):
+            read = self.do_sample or name not in SAMPLING_ONLY
+            given = value is not None or name == "temperature"
+            if read and given and not right(value):
                 raise ValueError(f"{source.get(name, '')}{name} must be {must}, got {short(value)}")
         self.do_sample = bool(self.do_sample)
         self.num_return_sequences = self.num_return_sequences or 1
         if self.min_length and self.min_new_tokens is not None:
-            warnings.warn(f"both min_new_tokens={self.min_new_tokens} and min_length={self.min_length} "
-                          "are set; min_new_tokens wins", stacklevel=4)
+            warnings.warn(f"both min_new_tokens={self.min_new_tokens} and min_length="
+                          f"{self.min_length} are set; min_new_tokens wins", stacklevel=4)
             self.min_length = None
         if self.num_return_sequences > 1 and not self.do_sample:
             raise ValueError(f"{source['num_return_sequences']}num_return_sequences above 1 needs "
@@ -115,15 +116,16 @@ class Settings:
         else:
             total = min(prompt + 20, config.max_position_embeddings)
         if total <= prompt:
-            raise ValueError(f"the prompt has {prompt} tokens, which leaves nothing to generate within "
-                             f"a total length of {total}")
+            raise ValueError(f"the prompt has {prompt} tokens, which leaves nothing to generate "
+                             f"within a total length of {total}")
         least = max(self.min_length or 0, prompt + (self.min_new_tokens or 0))
         if least > total:
             warnings.warn(f"the least length, {least} tokens, is more than the {total} at which "
                           "generation stops", stacklevel=4)
         if config.position_limit is not None and total > config.position_limit:
-            raise ValueError(f"{prompt} prompt tokens + {total - prompt} new ones = {total}, more than "
-                             f"the {config.position_limit} positions that this model has learned")
+            raise ValueError(f"{prompt} prompt tokens + {total - prompt} new ones = {total}, more "
+                             f"than the {config.position_limit} positions that this model has "
+                             "learned")
         return total
 
 
@@ -139,8 +141,12 @@ def list_of(right, value, least=0):
     return isinstance(value, list) and len(value) >= least and all(right(each) for each in value)
 
 
+def filled(value):
+    return isinstance(value, str) and value != ""
+
+
 TOKEN_IDS = (lambda x: list_of(whole, x), "a list of token ids")
-CHECKS = {                                                 # what each setting must be, if it is not None
+CHECKS = {                                                 # what each setting must be, None apart
     "do_sample": (lambda x: isinstance(x, bool), "True or False"),
     "temperature": (lambda x: number(x) and 0 < x < math.inf,
                     "a number above 0 (do_sample=False is the limit towards 0)"),
@@ -157,10 +163,10 @@ CHECKS = {                                                 # what each setting m
     "max_new_tokens": (lambda x: whole(x, 1), "a whole number and at least 1"),
     "min_length": (whole, "a whole number, not negative"),
     "min_new_tokens": (whole, "a whole number, not negative"),
-    "stop_strings": (lambda x: x and (isinstance(x, str) or list_of(lambda s: s and isinstance(s, str), x)),
+    "stop_strings": (lambda x: x and (filled(x) or list_of(filled, x)),
                      "a text or a list of texts, none of them empty"),
     "num_return_sequences": (lambda x: whole(x, 1), "a whole number and at least 1"),
-    "eos_token_id": (lambda x: whole(x) or list_of(whole, x), "a token id, a list of them, or None"),
+    "eos_token_id": (lambda x: whole(x) or list_of(whole, x), "a token id, a list of them or None"),
     "pad_token_id": (whole, "a token id or None"),
     "bos_token_id": (whole, "a token id or None"),
 }
@@ -168,8 +174,8 @@ CHECKS = {                                                 # what each setting m
 SAMPLING_ONLY = {"temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff",
                  "eta_cutoff"}
 
-# The reference's other settings and arguments, which are left to it.  None and the values that stand
-# here change nothing and are accepted; any other value is refused by the setting's name.
+# The reference's other settings and arguments, which are left to it.  None and the values that
+# stand here change nothing and are accepted; any other value is refused by the setting's name.
 REFUSED = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "typical_p",
                      "encoder_repetition_penalty"), (1,)),
@@ -190,18 +196,19 @@ REFUSED = {
                      "negative_prompt_attention_mask", "custom_generate", "inputs_embeds",
                      "position_ids", "past_key_values", "token_type_ids"), ()),
 }
-# Accepted whatever they say.  They act only together with a setting that is refused (beam search, an
-# assistant), say how the reference computes and not what, or only describe the file.
+# Accepted whatever they say.  They act only together with a setting that is refused (beam search,
+# an assistant), say how the reference computes and not what, or only describe the file.
 WITHOUT_EFFECT = {
     "early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
     "assistant_ensemble_weight", "max_matching_ngram_size", "decoder_start_token_id", "use_cache",
-    "max_cache_len", "disable_compile", "transformers_version", "_from_model_config", "_commit_hash",
+    "max_cache_len", "disable_compile", "transformers_version", "_from_model_config",
+    "_commit_hash",
 }
 
 
 def refuse(name, chosen, where, known):
-    """Raise ValueError for a setting that is none of Settings' fields, unless it changes nothing."""
+    """Raise ValueError for a setting that Settings does not have, unless it changes nothing."""
     value = chosen[name]
     if name in WITHOUT_EFFECT or name in SAMPLING_ONLY and not chosen.get("do_sample"):
         return
@@ -209,12 +216,12 @@ def refuse(name, chosen, where, known):
         raise ValueError(f"{where}{name!r} is no setting of generate; it knows {', '.join(known)}")
     if value is not None and value not in REFUSED[name]:
         off = " or ".join(map(repr, (None, *REFUSED[name])))
-        raise ValueError(f"{where}{name}={short(value)} is not supported here, only in transformers: "
-                         f"leave it out or set it to {off}")
+        raise ValueError(f"{where}{name}={short(value)} is not supported here, only in "
+                         f"transformers: leave it out or set it to {off}")
 
 
 def as_dict(config):
-    """Generation settings as a dict, from None, a dict or an object like transformers' GenerationConfig."""
+    """A dict of settings from None, a dict, or an object like transformers' GenerationConfig."""
     if config is None or isinstance(config, dict):
         return config or {}
     for method in ("to_diff_dict", "to_dict"):
@@ -225,7 +232,7 @@ def as_dict(config):
 
 
 def plain(value):
-    """A setting as Python writes it: tensors and numpy's arrays and numbers, tuples and sets are no more."""
+    """A setting in Python's own numbers and lists, from tensors, numpy's types, tuples and sets."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return [plain(each) for each in value] if isinstance(value, (list, tuple, set)) else value
@@ -246,14 +253,16 @@ def short(value):
 STEPS = (
     ("repetition_penalty", 1, lambda scores, x, text: penalize(scores, text.ids, text.first, x)),
     ("no_repeat_ngram_size", 0, lambda scores, n, text: forbid_repeats(scores, text.ids, n)),
-    ("bad_words_ids", None, lambda scores, words, text: forbid_words(scores, text.ids, words, text.eos)),
-    ("min_length", 0, lambda scores, n, text: scores if text.length >= n else forbid(scores, text.eos)),
+    ("bad_words_ids", None,
+     lambda scores, words, text: forbid_words(scores, text.ids, words, text.eos)),
+    ("min_length", 0,
+     lambda scores, n, text: forbid(scores, text.eos) if text.length < n else scores),
     ("min_new_tokens", 0,
-     lambda scores, n, text: scores if text.length - text.prompt >= n else forbid(scores, text.eos)),
+     lambda scores, n, text: forbid(scores, text.eos) if text.length - text.prompt < n else scores),
     ("suppress_tokens", None, lambda scores, ids, text: forbid(scores, ids)),
     ("begin_suppress_tokens", None,
-     lambda scores, ids, text: scores if text.length > text.prompt else forbid(scores, ids)),
-    ("temperature", 1, lambda scores, x, text: scores / x),            # from here on only for a draw
+     lambda scores, ids, text: forbid(scores, ids) if text.length == text.prompt else scores),
+    ("temperature", 1, lambda scores, x, text: scores / x),        # from here on only for a draw
     ("top_k", 0, lambda scores, k, text: keep_top_k(scores, k)),
     ("top_p", 1, lambda scores, p, text: keep_top_p(scores, p)),
     ("min_p", 0, lambda scores, p, text: keep_min_p(scores, p)),
@@ -277,7 +286,8 @@ def choose(scores, settings, generator=None, text=None):
 
 def forbid(scores, ids):
     """-inf for these ids, a list; one that the vocabulary does not have is never written anyway."""
-    ids = torch.tensor([i for i in ids if i < scores.size(-1)], dtype=torch.long, device=scores.device)
+    ids = [i for i in ids if i < scores.size(-1)]
+    ids = torch.tensor(ids, dtype=torch.long, device=scores.device)
     return scores.index_fill(-1, ids, float("-inf"))
 
 
@@ -297,7 +307,7 @@ def forbid_words(scores, ids, words, eos):
 
 
 def forbid_repeats(scores, ids, n):
-    """-inf for every token that would write n tokens that stand in the row already.  (B, V) -> (B, V)
+    """-inf for tokens that would repeat n tokens that stand in the row.  (B, V) -> (B, V)
 
     The last n - 1 tokens of ids (B, T) are compared with every n - 1 before them; where they agree,
     the token that followed then must not follow now.
@@ -307,7 +317,7 @@ def forbid_repeats(scores, ids, n):
         return scores
     ngrams = ids.unfold(1, n, 1)                                           # (B, T - n + 1, n)
     same = (ngrams[..., :-1] == ids[:, None, T - n + 1:]).all(-1)          # (B, T - n + 1)
-    followers = ngrams[..., -1].masked_fill(~same, V)                      # V: a column to throw away
+    followers = ngrams[..., -1].masked_fill(~same, V)              # V: a column to throw away
     scores = torch.nn.functional.pad(scores, (0, 1))                       # (B, V + 1)
     return scores.scatter(1, followers, float("-inf"))[:, :V]
 
@@ -331,9 +341,9 @@ def keep_top_p(scores, p):
 
 
 def keep_min_p(scores, p):
-    """-inf for tokens with less than p times the probability of the row's likeliest.  (B, V) -> (B, V)"""
-    probabilities = scores.softmax(-1)
-    return scores.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), float("-inf"))
+    """-inf for tokens with less than p times the row's largest probability.  (B, V) -> (B, V)"""
+    probs = scores.softmax(-1)
+    return scores.masked_fill(probs < p * probs.amax(-1, keepdim=True), float("-inf"))
 
 
 def penalize(scores, ids, first, penalty):
@@ -389,24 +399,24 @@ class Text:
 
     def __init__(self, ids, mask, settings, tokenizer):
         self.ids, self.prompt = ids, ids.size(1)
-        self.first = (mask != 0).int().argmax(1)           # (B,) the slot of a row's first real token
+        self.first = (mask != 0).int().argmax(1)           # (B,) slot of a row's first real token
         self.eos, self.pad = settings.eos_ids, settings.pad
         self.done = torch.zeros_like(self.first, dtype=torch.bool)
         stops = settings.stop_strings or []
         self.stops = [s.encode() for s in ([stops] if isinstance(stops, str) else stops)]
         self.tokenizer = tokenizer
         if self.stops and tokenizer is None:
-            raise ValueError("stop_strings are found in the text, so generate needs tokenizer= as well")
+            raise ValueError("stop_strings are found in the text, so generate needs tokenizer= too")
 
     @property
     def length(self):
         return self.ids.size(1)
 
     def append(self, token):
-        """Write one token (B,) to each row, padding to those that have ended; returns what was written.
+        """Write one token (B,) to each row, padding to those that have ended; returns that.
 
-        Without an end of text nothing is padded: as in the reference, rows that have met a stop text
-        are written on until all have.
+        Without an end of text nothing is padded: as in the reference, rows that have met a stop
+        text are written on until all have.
         """
         if self.eos:
             token = token.masked_fill(self.done, self.pad)
@@ -418,7 +428,7 @@ class Text:
 
 
 def ends_in(ids, stops, tokenizer):
-    """Which rows of ids (B, T) hold one of the stop texts (bytes) with a part of it in the last token.  (B,)
+    """Rows in which one of the stop texts ends, or begins, in the last token.  (B, T) -> (B,) bool
 
     Bytes are compared, as in the reference: a token may be a part of a character.  An id without a
     token counts as a byte that UTF-8 does not have.
@@ -427,26 +437,26 @@ def ends_in(ids, stops, tokenizer):
     for row in ids[:, -max(map(len, stops)):].tolist():
         tokens = tokenizer.convert_ids_to_tokens(row)
         *before, last = [b"\xff" if token is None else token_bytes(token) for token in tokens]
-        tail = b"".join(before) + last
-        found.append(last != b"" and any(stop in tail[-(len(last) + len(stop) - 1):] for stop in stops))
+        tails = (b"".join(before)[1 - len(stop):] if len(stop) > 1 else b"" for stop in stops)
+        found.append(any(stop in tail + last for stop, tail in zip(stops, tails)) and last != b"")
     return torch.tensor(found, device=ids.device)
 
 
 class Decoder:
-    """A model and its KV cache.  Rows that have ended can be left out: the model no longer sees them."""
+    """A model and its KV cache; it need not go on with the rows that have ended."""
 
     def __init__(self, model, mask, total, compile):
         B = mask.size(0)
         self.model, self.mask = model, mask
-        self.position_ids = (mask.cumsum(-1) - 1).clamp(min=0)     # counted from the first real token
+        self.position_ids = (mask.cumsum(-1) - 1).clamp(min=0)     # from the first real token
         self.cache = new_cache(model, B, total)
         self.step = compiled_step(model, self.cache) if compile else None
-        self.B, self.rows = B, torch.arange(B, device=mask.device)         # rows: those not left out
+        self.B, self.rows = B, torch.arange(B, device=mask.device)     # rows: those not left out
 
     def scores(self, new):
-        """Scores (B, V) float32 after the new ids: the prompt (B, T) at first, then one of each row (B, 1).
+        """Scores (B, V) float32 after the new ids: at first the prompt (B, T), then (B, 1).
 
-        Rows that are left out get zeros.
+        Rows that are left out have zeros.
         """
         if not self.cache.length:
             return prefill(self.model, new, self.mask, self.position_ids, self.cache).float()
@@ -477,7 +487,7 @@ class Decoder:
             self.position_ids = self.position_ids[going]
 
 
-CHUNK = 512                                                # tokens that pass through the model at once
+CHUNK = 512                                                # tokens that a prefill takes at once
 
 
 def prefill(model, ids, mask, position_ids, cache):
@@ -490,8 +500,8 @@ def prefill(model, ids, mask, position_ids, cache):
     chunk = T if choose_backend(model.attn_implementation) == "naive" else CHUNK
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
-        out = model(ids[:, start:end], mask[:, :past + end], position_ids[:, start:end], cache=cache,
-                    logits_to_keep=1)
+        out = model(ids[:, start:end], mask[:, :past + end], position_ids[:, start:end],
+                    cache=cache, logits_to_keep=1)
     return out.logits[:, -1]
 
 
@@ -519,18 +529,20 @@ def infer_mask(input_ids, attention_mask, settings):
     return torch.ones_like(input_ids)
 
 
-def generate(self, input_ids=None, attention_mask=None, *, generator=None, compile=False, tokenizer=None,
-             generation_config=None, **settings):
-    """Prompt and continuation as ids, (B * num_return_sequences, total); the settings are Settings' fields.
+def generate(self, input_ids=None, attention_mask=None, *, generator=None, compile=False,
+             tokenizer=None, generation_config=None, **settings):
+    """Prompt and continuation as ids, (B * num_return_sequences, total).
+
+    settings: the fields of Settings, where each is explained.
 
     input_ids (B, T) integer, rows of different length padded on the left; attention_mask (B, T)
     says where.  eos_token_id: one id or several; None never stops.  With neither length given, 20
-    new tokens.  generator: a torch.Generator to draw from, else torch's global one.  compile: decode
-    with the compiled step of fast/step.py, which takes some seconds to make, once.  tokenizer: needed
-    for stop_strings.  generation_config: settings as a dict or as transformers' object; those given
-    by name go before it.  inputs is another name of input_ids, as in transformers.
-    Raises ValueError before any compute for settings that mean nothing or that this project does not
-    have, ids outside the vocabulary, an empty prompt, more positions than the model has;
+    new tokens.  generator: a torch.Generator to draw from, else torch's global one.  compile:
+    decode with the compiled step of fast/step.py, which takes some seconds to make, once.
+    tokenizer: needed for stop_strings.  generation_config: settings as a dict or as transformers'
+    object; those given by name go before it.  inputs is another name of input_ids.
+    Raises ValueError before any compute for settings that mean nothing or that this project does
+    not have, ids outside the vocabulary, an empty prompt, more positions than the model has;
     RuntimeError for compile=True without a C++ compiler.
     """
     inputs = settings.pop("inputs", None)
@@ -543,13 +555,13 @@ def generate(self, input_ids=None, attention_mask=None, *, generator=None, compi
     input_ids = input_ids.repeat_interleave(n, 0)                          # rows a a a b b b
     if attention_mask is not None:
         attention_mask = attention_mask.repeat_interleave(n, 0)
-    new = stream(self, input_ids, attention_mask, settings=settings, generator=generator, compile=compile,
-                 tokenizer=tokenizer)
+    new = stream(self, input_ids, attention_mask, settings=settings, generator=generator,
+                 compile=compile, tokenizer=tokenizer)
     return torch.cat([input_ids, *(token[:, None] for token in new)], dim=1)
 
 
 def check_prompt(model, input_ids, attention_mask, settings):
-    """Raise ValueError for a prompt that cannot be continued; warn where padding is on the right."""
+    """Raise ValueError for a prompt that cannot be continued; warn of padding on the right."""
     check_inputs(input_ids, None, model.config)
     if attention_mask is not None and not torch.is_tensor(attention_mask):
         raise ValueError("attention_mask must be a tensor of shape (batch, tokens), got "
@@ -558,15 +570,16 @@ def check_prompt(model, input_ids, attention_mask, settings):
     B, V = input_ids.size(0) * settings.num_return_sequences, model.config.vocab_size
     ends = settings.stop_strings or any(i < V for i in settings.eos_ids)
     if B > 1 and ends and settings.pad is not None and settings.pad >= V:
-        raise ValueError(f"pad_token_id is {settings.pad}, which is written after the end of a row, and "
+        raise ValueError(f"pad_token_id is {settings.pad}, which is written after a row's end, and "
                          f"this model's vocabulary has ids 0 to {V - 1}")
     for word in settings.bad_words_ids or []:
         if max(word) >= V:
-            raise ValueError(f"bad_words_ids has {max(word)}; this model's vocabulary has ids 0 to {V - 1}")
+            raise ValueError(f"bad_words_ids has {max(word)}; this model's vocabulary has ids 0 to "
+                             f"{V - 1}")
     if attention_mask is not None:
         right = not attention_mask[:, -1].all()
-    else:
-        right = len(input_ids) > 1 and settings.pad is not None and (input_ids[:, -1] == settings.pad).any()
+    else:                                                  # as in the reference: of a batch alone
+        right = B > 1 and settings.pad is not None and (input_ids[:, -1] == settings.pad).any()
     if right:
         warnings.warn("a row of the prompt ends in padding: the continuation would start after it. "
                       "Pad on the left (tokenizer.padding_side = 'left')", stacklevel=3)

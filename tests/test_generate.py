@@ -1,6 +1,9 @@
 """generate: the reference's tokens, one for one, and a command line that behaves."""
 
+import copy
 import inspect
+import pickle
+import warnings
 from dataclasses import fields, replace
 
 import numpy as np
@@ -286,6 +289,29 @@ def test_ids_as_numbers_lists_tuples_tensors_and_arrays(pair, eos):
     found = [pair[1].generate(IDS, generator=torch.Generator().manual_seed(3), eos_token_id=ids, pad_token_id=pad, **how)
              for ids, pad in ((eos, torch.tensor(3)), (as_list, 3))]
     assert torch.equal(*found)
+
+
+def test_settings_are_attributes_too():
+    """As people write it for transformers; the object survives copying and pickling."""
+    model = ours(random_case(301))
+    assert model.generation_config.eos_token_id == 0 and model.generation_config.top_k is None
+    model.generation_config.suppress_tokens = [*range(90)]
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.generate(IDS, max_new_tokens=5, eos_token_id=None)[:, 3:].min() >= 90
+    with pytest.raises(AttributeError):
+        model.generation_config.__array__
+
+
+@pytest.mark.parametrize("last, mask, rows, warns", [
+    (3, None, 2, True), (3, None, 1, False), (4, None, 2, False), (4, [1, 1, 0], 2, True), (3, [1, 1, 1], 2, False)])
+def test_padding_on_the_right_warns(pair, last, mask, rows, warns):
+    """By the mask where there is one, else by the ids, of a batch; the reference says so at the same prompts."""
+    ids = torch.tensor([[5, 6, 7], [5, 6, last]])[2 - rows:]
+    mask = None if mask is None else torch.tensor([[1, 1, 1], mask])[2 - rows:]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pair[1].generate(ids, mask, pad_token_id=3, eos_token_id=5, max_new_tokens=1)
+    assert any("ends in padding" in str(w.message) for w in caught) == warns
 
 
 def test_inputs_is_another_name(pair):
