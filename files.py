@@ -1,17 +1,77 @@
 """Files of a checkpoint: where they are, what is in them, and how to write them whole.
 
-    fetch        the path of one file, in a folder or from the Hugging Face hub
-    read_json    the object in a JSON file
+    fetch          the path of one file, in a folder or from the Hugging Face hub
+    read_json      the object in a JSON file
+    write_files    several files that belong together: all of them, or none
+    shown, plain   what stands in a file, made fit for an error message
 """
 
+import contextlib
+import errno
+import glob
 import json
+import os
 import re
+import tempfile
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:                                        # Windows has no such lock
+    fcntl = None
 
-def fetch(name_or_folder, filename, revision=None, required=True):
+
+# ------------------------------------------------------------------------------------------------
+# What is shown of a file's contents
+# ------------------------------------------------------------------------------------------------
+
+def plain(text, limit=80):
+    """One printable line of at most `limit` characters, whatever the text holds.
+
+    A file from the network may have names with line breaks or with sequences that move a terminal's
+    cursor; they are shown escaped, as \\n or \\x1b.
+    """
+    text = str(text)
+    if len(text) > limit:
+        text = text[:limit - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+def shown(value, limit=80):
+    """The repr of a value from a file, in one printable line of at most `limit` characters."""
+    if isinstance(value, str):
+        value = value[:limit]
+    try:
+        return plain(repr(value), limit)
+    except (ValueError, RecursionError):                   # Python writes no integer of 5,000 digits
+        return f"a {type(value).__name__} too long to show"
+
+
+def error_line(error):
+    """The first line of an exception's message, or its type where it has none."""
+    return plain((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------
+
+def read_json(path):
+    """The object in a JSON file; ValueError that names the file where there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:          # UnicodeDecodeError and JSONDecodeError too
+        raise ValueError(f"{plain(path, 1000)} is not valid JSON: {error_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{plain(path, 1000)} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def fetch(name_or_folder, filename, revision=None, required=True, *, cache_dir=None,
+          local_files_only=False, token=None):
     """Path of one file of a checkpoint: in a folder of that name, else from the hub (and its cache).
 
+    cache_dir, local_files_only and token mean what they mean to huggingface_hub, and nothing for a folder.
     Returns None where the file is not there and not required.  Raises FileNotFoundError or
     ConnectionError with one line that says what was looked for, where, and what to do.
     """
@@ -22,18 +82,22 @@ def fetch(name_or_folder, filename, revision=None, required=True):
                              "folder here: leave one of them out")
         if (folder / filename).is_file():
             return folder / filename
+        if any(folder.glob(f".{glob.escape(filename)}.*.old")):
+            raise FileNotFoundError(f"no {filename} in {folder}: a save into it was stopped half-way; save "
+                                    "again, or rename the files .NAME.*.old there back to NAME")
         if required:
-            raise FileNotFoundError(f"no {filename} in {folder}: is it the folder of a checkpoint?")
+            raise FileNotFoundError(f"no {plain(filename)} in {folder}: is it the folder of a checkpoint?")
         return None
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file: give the folder of a checkpoint")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise FileNotFoundError(f"no folder {name}, and no hub id, which looks like "
+        raise FileNotFoundError(f"no folder {plain(name, 200)}, and no hub id, which looks like "
                                 "EleutherAI/pythia-70m")
-    return fetch_from_hub(name, filename, revision, required)
+    return fetch_from_hub(name, filename, revision, required,
+                          dict(cache_dir=cache_dir, local_files_only=local_files_only, token=token))
 
 
-def fetch_from_hub(repo, filename, revision, required):
+def fetch_from_hub(repo, filename, revision, required, how):
     """The same for a hub id; downloads show their progress and are kept in the hub's own cache.
 
     config.json is read before the others, and asking for it notes which commit a branch is at now.
@@ -46,12 +110,13 @@ def fetch_from_hub(repo, filename, revision, required):
 
     where = f"{repo} (revision {revision})" if revision else repo
     try:
-        known = filename != "config.json" and try_to_load_from_cache(repo, filename, revision=revision)
+        known = filename != "config.json" and try_to_load_from_cache(
+            repo, filename, cache_dir=how["cache_dir"], revision=revision)
         if isinstance(known, str):
             return Path(known)
         if known and not required:                         # the cache's mark for "not in this commit"
             return None
-        return Path(hf_hub_download(repo, filename, revision=revision))
+        return Path(hf_hub_download(repo, filename, revision=revision, **how))
     except errors.GatedRepoError:
         problem = f"{where} is gated on the hub: accept its terms there, then set HF_TOKEN"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
@@ -61,31 +126,107 @@ def fetch_from_hub(repo, filename, revision, required):
     except errors.LocalEntryNotFoundError as error:        # before EntryNotFoundError, its parent
         if not required:
             return None
-        raise ConnectionError(f"no folder {repo} here, {filename} is not in the hub's cache, and the "
-                              f"hub cannot be reached: give a local folder, or try again with a "
-                              f"network ({type(error.__cause__ or error).__name__})") from None
+        why = ("local_files_only forbids asking the hub" if how["local_files_only"]
+               else "the hub cannot be reached")
+        raise ConnectionError(f"no folder {repo} here, {filename} is not in the hub's cache, and {why}: "
+                              f"give a local folder, or try again with a network "
+                              f"({type(error.__cause__ or error).__name__})") from None
     except errors.EntryNotFoundError:
         if not required:
             return None
         problem = f"{where} has no {filename} on the hub: it is not a checkpoint of this kind"
     except Exception as error:                             # each HTTP library has its own
-        raise ConnectionError(f"downloading {filename} of {where} failed ({type(error).__name__}: "
-                              f"{error_line(error)}); run the same command again, files that are whole "
-                              "are kept") from None
+        raise ConnectionError(download_problem(where, filename, error)) from None
     raise FileNotFoundError(problem)
 
 
-def error_line(error):
-    """The first line of an exception's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def download_problem(where, filename, error):
+    """One line on a download that failed, with the advice that helps."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
+                                                      errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
+        return (f"{filename} of {where} cannot be stored in the hub's cache ({error_line(error)}): free some "
+                "space or mend its permissions, or set HF_HOME (or cache_dir) to a folder that can be written")
+    return (f"downloading {filename} of {where} failed ({type(error).__name__}: {error_line(error)}); run the "
+            "same command again, files that are whole are kept")
 
 
-def read_json(path):
-    """The object in a JSON file; ValueError that names the file where there is none."""
+# ------------------------------------------------------------------------------------------------
+# Writing
+# ------------------------------------------------------------------------------------------------
+
+def write_files(folder, files):
+    """Write files that belong together into a folder: afterwards all are new, or all are as before.
+
+    files: {name: bytes, or a function that writes the file at the path it is given}.  The last one must be
+    a file without which nobody reads the folder, as config.json: it is taken away first and put back last,
+    so that a process that is killed between leaves a folder that is refused and not a mixture.
+
+    Everything is written beside its place under a temporary name first, and renamed when all is whole; the
+    folder that weights are mapped from may be the target.  What killed processes have left is removed.  A
+    second save into the same folder waits for the first.  Raises OSError as the file system does.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        remove_leftovers(folder, files)
+        parts, undo = {}, []
+        try:
+            for name, content in files.items():
+                parts[name] = temporary(folder, name, "part")
+                parts[name].write_bytes(content) if isinstance(content, bytes) else content(parts[name])
+                parts[name].chmod(0o666 & ~current_umask())    # temporary files are their owner's alone
+            *others, last = files
+            for name in [last, *others]:
+                if os.path.lexists(folder / name):
+                    aside = temporary(folder, name, "old")
+                    undo.append((aside, folder / name))
+                    os.replace(folder / name, aside)
+            for name in [*others, last]:
+                undo.append((None, folder / name))
+                os.replace(parts[name], folder / name)
+        except BaseException:
+            for aside, place in reversed(undo):
+                if aside is None:
+                    place.unlink(missing_ok=True)
+                elif not os.path.lexists(place):
+                    os.replace(aside, place)
+            raise
+        finally:
+            for path in [*parts.values(), *(aside for aside, _ in undo if aside)]:
+                path.unlink(missing_ok=True)
+
+
+def temporary(folder, name, kind):
+    """A new empty file .NAME.random.KIND, never one that is there already."""
+    handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=f".{kind}")
+    os.close(handle)
+    return Path(path)
+
+
+def remove_leftovers(folder, names):
+    """Remove temporary files of saves that were killed; a living save holds the lock."""
+    for name in names:
+        ours = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.(part|old)|{re.escape(name)}\.\d+\.part")
+        for path in folder.iterdir():
+            if ours.fullmatch(path.name) and not path.is_dir():
+                path.unlink(missing_ok=True)
+
+
+def current_umask():
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Wait until no other save into this folder is under way."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)                                   # which gives the lock back

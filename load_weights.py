@@ -12,10 +12,8 @@ weight costs memory when it is first used.
 
 import contextlib
 import json
-import os
 import pickle
 import re
-import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -26,7 +24,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from files import error_line, fetch, read_json
+from files import error_line, fetch, plain, read_json, write_files
 
 # '#' stands for the layer number, '*' for weight or bias.  None: known, and ignored on purpose.
 # The left side is what lies on EleutherAI's hub pages; a name without a rule is an error.
@@ -337,30 +335,21 @@ def tie(state):
 def save_pretrained(model, folder):
     """Write config.json, generation_config.json and model.safetensors into `folder`.
 
-    Each file is written beside its place and renamed into it when all are whole, so an interrupted
-    save leaves the old files, and the folder that the weights are mapped from may be the target.
+    All of them or none (files.write_files), and the folder that the weights are mapped from may be the
+    target.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"architectures": [type(model).__name__], **model.config.to_dict(),
               "torch_dtype": str(model.dtype).removeprefix("torch.")}
     generation = model.generation_config or {
         k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
 
-    # config.json comes last: a new folder is a checkpoint when all of it is there.
-    temporary = {name: folder / f"{name}.{os.getpid()}.part"
-                 for name in ("model.safetensors", "generation_config.json", "config.json")}
-    try:
-        save_file(official_state(model), temporary["model.safetensors"], metadata={"format": "pt"})
-        for name, content in (("config.json", config), ("generation_config.json", generation)):
-            temporary[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        # safetensors makes a file that only its owner may read
-        shutil.copymode(temporary["config.json"], temporary["model.safetensors"])
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    def as_json(content):
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+    state = official_state(model)
+    write_files(folder, {
+        "model.safetensors": lambda path: save_file(state, path, metadata={"format": "pt"}),
+        "generation_config.json": as_json(generation), "config.json": as_json(config)})
 
 
 def official_state(model):
