@@ -28,6 +28,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -39,17 +40,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from files import read_json
+from files import error_line, read_json
 from training.model import learning_rate, new_model, parameter_groups
 from training.new_tokenizer import CLASSES, new_tokenizer
 from training.processes import (SharedError, error_text, everywhere, gathered, join_processes, processes,
                                 rank, say, total)
-from training.tasks import Label, NextToken, autocast, to_device
+from training.tasks import Label, NextToken, autocast, check_fit, to_device
 
 TASKS = dict(lm=NextToken, classify=Label)
 FILES = dict(lm=["text"], classify=["train", "init"])       # what a task cannot do without
 NEW_MODEL = dict(family="neo", hidden_size=256, layers=4, heads=4, window=64, vocab_size=2048,
                  dropout=0.0)                               # defaults; not allowed beside --init
+STATE = ("settings", "step", "seconds", "history", "model", "optimizer", "random")      # of a run
 RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "accumulate", "eval_every",
           "save_every")
 
@@ -257,7 +259,9 @@ def parser():
     p.add_argument("--init", metavar="CHECKPOINT",
                    help="fine-tune this checkpoint with its tokenizer: a folder or a hub id")
     for name, value in NEW_MODEL.items():
-        p.add_argument(f"--{name.replace('_', '-')}", type=type(value), metavar=name[0].upper(),
+        choices = list(CLASSES) if name == "family" else None
+        p.add_argument(f"--{name.replace('_', '-')}", type=type(value), choices=choices,
+                       metavar="neo|neox" if choices else name[0].upper(),
                        help=f"of a new model (default {value})")
     for name, value, text in [
             ("context", 512, "tokens in a sequence"),
@@ -298,25 +302,53 @@ def parse(argv):
     for name, value in {} if args.init else NEW_MODEL.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.device == "cuda" and processes() > 1:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+    args.device = check_device(args.device)
+    check_out(Path(args.out), run_folder(args.out))
     return args
 
 
 def check_ranges(args):
     """ValueError for a number that is out of its range."""
-    for name in ("steps", "batch_size", "accumulate", "lr", "clip", "eval_every", "save_every", "threads"):
+    for name in ("steps", "batch_size", "accumulate", "lr", "clip", "eval_every", "save_every", "threads",
+                 "hidden_size", "layers", "heads", "window", "vocab_size"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if args.context < 2:
-        raise ValueError(f"--context must be at least 2, not {args.context}")
+        if value is not None and not 0 < value < 2**31:     # infinity and NaN are not
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and below 2^31, not {value}")
+    for name, least, end in (("context", 2, 2**31), ("seed", 0, 2**32), ("threads", 1, 1025)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < end:
+            raise ValueError(f"--{name} must be at least {least} and below {end}, not {value}")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout must be at least 0 and below 1, not {args.dropout}")
+    if not 0 <= args.weight_decay < math.inf:
+        raise ValueError(f"--weight-decay must be at least 0, not {args.weight_decay}")
     if args.batch_size < args.accumulate * processes():
         raise ValueError(f"--batch-size {args.batch_size} is too small for {processes()} x "
                          f"{args.accumulate} pieces (processes x --accumulate)")
     if not 0 <= args.warmup < args.steps:
         raise ValueError(f"--warmup must be in 0 … {args.steps - 1}, not {args.warmup}")
+
+
+def check_device(name):
+    """ValueError for a device that is not there; of several processes each takes its own GPU."""
+    try:
+        if name == "cuda" and processes() > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
+        torch.ones(1, device=name).item()                   # fails on the device "meta" too
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {error_line(error):.100}") from None
+    return name
+
+
+def check_out(out, folder):
+    """ValueError for a place where neither the checkpoint nor the run can be written."""
+    if not out.name or out.name == "..":
+        raise ValueError(f"--out must name a folder, not {str(out)!r}")
+    for path in (out, folder):
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not os.access(there, os.W_OK):
+            raise ValueError(f"{there}: no permission to write there (--out)")
 
 
 def settings_of(options, contents):
@@ -337,15 +369,31 @@ def run_folder(out):
     return Path(f"{out.rstrip('/')}.run")
 
 
+def read_state(folder):
+    """What an unfinished run saved, or None; ValueError where the file is damaged."""
+    path = folder / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, weights_only=True)
+        return {name: state[name] for name in STATE}
+    except OSError:
+        raise
+    except Exception as error:                              # a damaged file raises many kinds
+        raise ValueError(f"{path} is damaged ({error_line(error):.80}): remove {folder} to start "
+                         "again") from None
+
+
 def find_earlier(out, folder, settings):
     """(finished, state) of the run that OUT belongs to; ValueError if that is another run."""
-    finished, state = False, None
-    if (out / "training.json").exists():
-        finished, earlier = True, read_json(out / "training.json")["settings"]
-    elif (folder / "state.pt").exists():
-        state = torch.load(folder / "state.pt", weights_only=True)
+    finished, state = (out / "training.json").exists(), None
+    if finished:
+        earlier = read_json(out / "training.json").get("settings")
+        if not isinstance(earlier, dict):
+            raise ValueError(f"{out / 'training.json'}: field settings must be an object")
+    elif state := read_state(folder):
         earlier = state["settings"]
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    elif os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there already, and not from train.py: choose another --out")
     else:
         return False, None
@@ -359,6 +407,21 @@ def find_earlier(out, folder, settings):
     return finished, state
 
 
+@contextlib.contextmanager
+def leaving_nothing(folder):
+    """Where a run fails before its first save, remove the folders that were made for it."""
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if rank() == 0 and made and not (folder / "state.pt").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in made[1:]:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+        raise
+
+
 def open_task(task, init, shape, folder):
     """Give the task its model and tokenizer: --init's, or new ones of this shape.
 
@@ -367,16 +430,13 @@ def open_task(task, init, shape, folder):
     context = task.context
     if init:
         model, tokenizer = task.load(init)
+        check_fit(init, model, tokenizer, context)
     else:
         family, vocab_size = shape["family"], shape["vocab_size"]
         tokenizer = (CLASSES[family].from_pretrained(folder) if folder else
                      new_tokenizer(task.texts, family, vocab_size, context))
         model = new_model(context=context, **shape)
-    news = task.open(model, tokenizer)
-    if context > model.config.max_position_embeddings:
-        raise ValueError(f"--context {context} is more than the {model.config.max_position_embeddings} "
-                         f"positions of {init}")
-    return news
+    return task.open(model, tokenizer)
 
 
 def start(args):
@@ -416,12 +476,13 @@ def run_or_resume(argv):
     args = everywhere(parse, argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    run = everywhere(start, args)
-    if run is None:
-        say(f"{args.out}: this run is finished", sys.stdout)
-        return 0
-    signal.signal(signal.SIGINT, stop)
-    run.train(stopping)
+    with leaving_nothing(run_folder(args.out)):
+        run = everywhere(start, args)
+        if run is None:
+            say(f"{args.out}: this run is finished", sys.stdout)
+            return 0
+        signal.signal(signal.SIGINT, stop)
+        run.train(stopping)
     if run.step < run.steps:
         say(f"stopped after step {run.step}: the same command goes on")
         return 130
@@ -429,6 +490,10 @@ def run_or_resume(argv):
         record = run.finish(Path(args.out), args.save_dtype, shlex.join(["python", "train.py", *argv]))
         say(f"{args.out}: {describe(record)}", sys.stdout)
     return 0
+
+
+def is_out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def main(argv=None):
@@ -450,10 +515,14 @@ def main(argv=None):
         begin = "\n" if processes() > 1 else ""             # on a line below process 0's progress bar
         print(f"{begin}train.py: error: {where}{error_text(error)}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if processes() == 1 or "gloo" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if processes() > 1 and "gloo" in str(error):
+            return 1                                        # another process ended, and has said why
+        if not is_out_of_memory(error):
             raise
-        return 1                                            # another process ended, and has said why
+        print("train.py: error: out of memory: use a smaller model, --batch-size or --context, or more "
+              "--accumulate", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -2,21 +2,28 @@
 
 import json
 import math
+import pickle
+import shutil
 import signal
+import sys
 import unicodedata
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+import neo
+import neox
 import train
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from training.model import learning_rate, new_model, parameter_groups
-from training.texts import Batches
+from training.texts import Batches, read_examples, read_text
 from training_cases import SHAPE as SIZES
-from training_cases import metrics, nonsense, refused, run
+from training_cases import metrics, nonsense, refused, run, write_data
 
 SHAPE = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--window", "8", "--context", "32",
          "--vocab-size", "320"]
@@ -316,3 +323,160 @@ def test_init_that_cannot_be(folder, finished, capsys):
     assert "folder" in refused(capsys, [*start, str(folder / "nowhere")])
     error = refused(capsys, [*start, str(finished["neo"]), "--context", "33"])
     assert "--context 33 is more than the 32 positions" in error
+
+
+# ------------------------------------------------------------------------------------------------
+# What cannot work: one line before the first step, and nothing left
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A function that changes a copy of a small checkpoint and returns its folder."""
+    data = write_data(tmp_path_factory.mktemp("checkpoints"))
+
+    def changed(folder, family="neo", config=(), tokenizer_config=(), weights=None, head=None):
+        out = folder / "init"
+        if head:
+            module = {"neo": neo.GPTNeoForCausalLM, "neox": neox.GPTNeoXForCausalLM}[family].__module__
+            kind = getattr(sys.modules[module], {"neo": "GPTNeoFor", "neox": "GPTNeoXFor"}[family] + head)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                kind.from_pretrained(data / f"{family}-0.0").save_pretrained(out)
+            AutoTokenizer.from_pretrained(data / f"{family}-0.0").save_pretrained(out)
+        else:
+            shutil.copytree(data / f"{family}-0.0", out)
+        for name, change in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+            content = json.loads((out / name).read_text(encoding="utf-8")) | dict(change)
+            (out / name).write_text(json.dumps(content), encoding="utf-8")
+        if weights:
+            tensors = load_file(out / "model.safetensors")
+            weights(tensors)
+            save_file(tensors, out / "model.safetensors")
+        return out
+    changed.data = data
+    return changed
+
+
+def cut_vocabulary(tensors):
+    for name, tensor in tensors.items():
+        if tensor.shape[0] == 320:
+            tensors[name] = tensor[:300].clone()
+
+
+def not_a_number(tensors):
+    next(tensor for name, tensor in tensors.items() if name.endswith("ln_f.bias")).fill_(math.nan)
+
+
+def too_large(tensors):
+    for tensor in tensors.values():
+        tensor.fill_(3e38)
+
+
+NO_END = dict(eos_token=None, bos_token=None, unk_token=None)
+
+
+@pytest.mark.parametrize("task", ["lm", "classify"])
+@pytest.mark.parametrize("change, words", [
+    (dict(tokenizer_config=NO_END), "has no eos_token|neither pad_token nor eos_token"),
+    (dict(config=dict(vocab_size=300), weights=cut_vocabulary), "its tokenizer has 320 tokens and its model only 300"),
+    (dict(weights=not_a_number), "transformer.ln_f.bias has numbers that are not finite"),
+    (dict(weights=too_large), "the gradient of step 0 is not finite: these weights cannot be trained"),
+    (dict(head="QuestionAnswering"), "is a GPTNeoForQuestionAnswering, and this task starts from a checkpoint For"),
+    (dict(head="TokenClassification"), "is a GPTNeoForTokenClassification, and this"),
+    (dict(head="QuestionAnswering", family="neox"), "is a GPTNeoXForQuestionAnswering, and this")])
+def test_a_checkpoint_that_cannot_be_trained(checkpoint, tmp_path, capsys, task, change, words):
+    init, data = checkpoint(tmp_path, **change), checkpoint.data
+    files = {"lm": ["--text", data / "text.txt"], "classify": ["--train", data / "train.csv"]}[task]
+    assert train.main(list(map(str, ["--task", task, *files, "--init", init, "--out", tmp_path / "a/b/out",
+                                     "--context", "16"]))) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and any(word in err.splitlines()[-1] for word in words.split("|")), err
+    assert ("step 0" in words) == ("to train on" in err)    # all others before there is a run
+    assert [path.name for path in tmp_path.iterdir()] == ["init"]
+
+
+def test_a_classifier_is_no_language_model(checkpoint, tmp_path, capsys):
+    init = checkpoint(tmp_path, head="SequenceClassification")
+    error = refused(capsys, ["--text", checkpoint.data / "text.txt", "--init", init, "--out", tmp_path / "out"])
+    assert "is a GPTNeoForSequenceClassification, and this task starts from a checkpoint ForCausalLM" in error
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--weight-decay", "nan"], "--weight-decay must be at least 0, not nan"),
+    (["--weight-decay", "-1"], "--weight-decay"), (["--dropout", "1.0"], "--dropout must be at least 0 and below 1"),
+    (["--clip", "inf"], "--clip must be above 0"), (["--layers", "0"], "--layers must be above 0"),
+    (["--heads", "-2"], "--heads must be above 0"), (["--window", "0"], "--window must be above 0"),
+    (["--seed", "-1"], "--seed must be at least 0"), (["--seed", str(10**23)], "--seed must be at least 0"),
+    (["--steps", str(10**23)], "--steps must be above 0 and below 2^31"), (["--threads", "2000"], "--threads must be"),
+    (["--vocab-size", str(10**23)], "--vocab-size must be above 0 and below 2^31"),
+    (["--hidden-size", str(2 * 10**8)], "out of memory"),
+    (["--family", "gpt2"], "argument --family: invalid choice: 'gpt2'"), (["--valid"], "argument --valid: expected"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"), (["--nonsense"], "unrecognized arguments"),
+    (["--device", "gpu"], "--device gpu cannot be used here"), (["--device", "meta"], "--device meta cannot"),
+    (["--out", ""], "--out must name a folder"), (["--out", "/"], "--out must name a folder"),
+    (["--out", ".."], "--out must name a folder"), (["--out", "/proc/nothing/out"], "/proc"),
+    (["--out", "{}/one.txt/out"], "one.txt"), (["--out", "{}/one.txt"], "is there already, and not from train.py"),
+    (["--out", "{}/" + "x" * 300], "File name too long"),
+    (["--text", "{}"], "Is a directory"), (["--valid", "{}"], "Is a directory"),
+    (["--init", "{}/one.txt", "--family"], "argument --family: expected one argument")])
+def test_options_that_cannot_be(folder, tmp_path, capsys, more, words):
+    before = sorted(folder.rglob("*"))
+    more = [part.format(folder) for part in more]
+    assert words in refused(capsys, command(folder, tmp_path / "out", "neo", *more))
+    assert not list(tmp_path.iterdir()) and sorted(folder.rglob("*")) == before
+
+
+def test_what_a_run_finds_in_its_place(folder, tmp_path, capsys):
+    """A damaged state, a training.json that is none, a file in the place of OUT.run: one line each."""
+    out, run_folder = tmp_path / "out", tmp_path / "out.run"
+    run_folder.mkdir()
+    for damaged in (b"", b"not a pickle", pickle.dumps(dict(step=3))):
+        (run_folder / "state.pt").write_bytes(damaged)
+        assert "state.pt is damaged" in refused(capsys, command(folder, out, "neo"))
+    torch.save(dict(step=3), run_folder / "state.pt")
+    assert "state.pt is damaged ('settings')" in refused(capsys, command(folder, out, "neo"))
+    shutil.rmtree(run_folder)
+    run_folder.write_text("mine")
+    assert "out.run: File exists" in refused(capsys, command(folder, out, "neo"))
+    out.mkdir()
+    for record in ("{", "[]", "{}"):
+        (out / "training.json").write_text(record)
+        assert "training.json" in refused(capsys, command(folder, out, "neo"))
+    assert run_folder.read_text() == "mine"
+
+
+def test_a_failure_before_the_first_save_leaves_nothing_and_after_it_the_run(folder, tmp_path, monkeypatch):
+    update = train.Run.update
+
+    def fails(run):
+        if run.step == 10:
+            raise OSError(28, "No space left on device", "/disk")
+        return update(run)
+    monkeypatch.setattr(train.Run, "update", fails)
+    assert train.main(command(folder, tmp_path / "new" / "out", "neo", "--save-every", "100")) == 2
+    assert not list(tmp_path.iterdir())
+    assert train.main(command(folder, tmp_path / "new" / "out", "neo")) == 2        # saved after step 8
+    assert torch.load(tmp_path / "new" / "out.run" / "state.pt")["step"] == 8
+
+
+# ------------------------------------------------------------------------------------------------
+# Texts as people save them
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", "text,label\none,x\ntwo,y\n"), ("a.csv", "\ufefftext,label\r\none, x\r\ntwo,y \r\n"),
+    ("a.csv", 'text, label\r\n"one","\tx"\r\n\r\n"two"," y"\r\n'), ("a.CSV", "label,text\rx,one\ry,two\r"),
+    ("a.jsonl", '\ufeff{"text": "one", "label": " x"}\r\n{"text": "two", "label": "y\\n"}\r\n')])
+def test_labels_are_trimmed_and_marks_are_no_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode("utf-8"))
+    assert [row[:2] for row in read_examples([tmp_path / name])] == [("one", "x"), ("two", "y")]
+
+
+def test_texts_keep_their_spaces_and_lose_a_mark_and_carriage_returns(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,label\r\n"  one\r\n two ",x\r\n')
+    assert read_examples([tmp_path / "a.csv"])[0][:2] == ("  one\n two ", "x")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n two\rthree\n")
+    assert read_text(tmp_path / "a.txt") == "one\n two\rthree\n"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf\r\n")
+    with pytest.raises(ValueError, match="there is no text in it"):
+        read_text(tmp_path / "a.txt")

@@ -49,6 +49,36 @@ def to_device(batch, device):
 
 
 # ------------------------------------------------------------------------------------------------
+# What a checkpoint must be
+# ------------------------------------------------------------------------------------------------
+
+def check_head(checkpoint, *wanted):
+    """The head that config.json names, "CausalLM" or another, "" where it names none.
+
+    Raises ValueError for a checkpoint with another head than those that are wanted.
+    """
+    kind = str(read_config(checkpoint).get("architectures") or "")
+    found = re.search(r"\w+For(\w+)", kind)
+    if found and found[1] not in wanted:
+        raise ValueError(f"{checkpoint} is a {found[0]}, and this task starts from a checkpoint "
+                         f"For{' or For'.join(wanted)}")
+    return found[1] if found else ""
+
+
+def check_fit(checkpoint, model, tokenizer, context):
+    """ValueError where the checkpoint's model cannot be trained with its tokenizer and this context."""
+    rows, positions = model.config.vocab_size, model.config.max_position_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"{checkpoint}: its tokenizer has {len(tokenizer)} tokens and its model only "
+                         f"{rows} (vocab_size in config.json), so they do not belong together")
+    if context > positions:
+        raise ValueError(f"--context {context} is more than the {positions} positions of {checkpoint}")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{checkpoint}: {name} has numbers that are not finite (NaN or infinity)")
+
+
+# ------------------------------------------------------------------------------------------------
 # Task 1: the next token
 # ------------------------------------------------------------------------------------------------
 
@@ -65,8 +95,13 @@ class NextToken:
     @staticmethod
     def load(checkpoint):
         """A checkpoint's language model, in float32, and its tokenizer."""
+        check_head(checkpoint, "CausalLM")
         model = AutoModelForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"{checkpoint}: its tokenizer has no eos_token (tokenizer_config.json), "
+                             "which stands between the texts")
+        return model, tokenizer
 
     def open(self, model, tokenizer):
         """Encode the texts.  Returns what to tell; raises ValueError for what does not fit together."""
@@ -165,20 +200,24 @@ class Label:
 
     def load(self, checkpoint):
         """A checkpoint's model, in float32, with a head for these labels, and its tokenizer."""
-        config = read_config(checkpoint)
-        earlier = [str(name) for name in (config.get("id2label") or {}).values()]
-        if "ForSequenceClassification" in str(config.get("architectures")) and earlier != self.names:
-            raise ValueError(f"{checkpoint} is a classifier already, of {', '.join(earlier)}, and the "
-                             f"labels here are {', '.join(self.names)}: start from a language model, or "
-                             "keep the labels")
+        head = check_head(checkpoint, "CausalLM", "SequenceClassification")
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+            raise ValueError(f"{checkpoint}: its tokenizer has neither pad_token nor eos_token "
+                             "(tokenizer_config.json), and the shorter texts must be padded")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token       # the custom with GPT-2 and GPT-Neo
+        labels = {} if head == "SequenceClassification" else dict(id2label=dict(enumerate(self.names)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*drawn afresh")            # a new head is the purpose
             model = AutoModelForSequenceClassification.from_pretrained(
                 checkpoint, torch_dtype=torch.float32, pad_token_id=tokenizer.pad_token_id,
-                id2label=dict(enumerate(self.names)), problem_type="single_label_classification")
+                problem_type="single_label_classification", **labels)
+        earlier = [str(name) for _, name in sorted(model.config.id2label.items())]
+        if earlier != self.names:
+            raise ValueError(f"{checkpoint} is a classifier already, of {', '.join(earlier)}, and the "
+                             f"labels here are {', '.join(self.names)}: start from a language model, or "
+                             "keep the labels")
         return model, tokenizer
 
     def open(self, model, tokenizer):
