@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,15 +15,15 @@ import torch
 import transformers
 
 import train
-from conftest import ROOT
 from helpers import FOLDER, relative
 from load_weights import AutoModelForSequenceClassification, AutoTokenizer
 from training.tasks import Label
-from training_cases import (TASKS, examples, metrics, refused, run, wait_for_lines, write_data,
-                            write_examples)
+from training_cases import (TASKS, errors, examples, metrics, refused, run, run_two, torchrun,
+                            wait_for_lines, watch_gradients, write_data, write_examples)
 
 RECIPE = ["--context", "48", "--batch-size", "7", "--lr", "3e-3", "--warmup", "5", "--threads", "1",
           "--steps", "50"]
+ONE_STEP = ["--steps", "1", "--warmup", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -109,76 +107,53 @@ def test_accumulated_gradients_are_the_whole_batch_s(folder, task, turns):
 # Several processes
 # ------------------------------------------------------------------------------------------------
 
-WORKER = """
-import os, sys, torch
-sys.path.insert(0, {root!r})
-import train
-clip, step = torch.nn.utils.clip_grad_norm_, [0]
-
-def watched(parameters, longest):
-    parameters = list(parameters)
-    step[0] += 1
-    if {fails} and train.rank() == 1 and step[0] == 3:
-        raise OSError("the disk is on fire")
-    torch.save(torch.cat([p.grad.reshape(-1) for p in parameters]), f"{{sys.argv[1]}}-{{train.rank()}}.pt")
-    return clip(parameters, longest)
-
-torch.nn.utils.clip_grad_norm_ = watched
-sys.exit(train.main(sys.argv[2:]))
-"""
-
-
-def torchrun(script, *arguments, count=2):
-    """torchrun as the README has it, in a session of its own so that its processes can be found."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*torchrun, str(script), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=env)
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_two_processes_have_the_gradients_of_one(folder, tmp_path, task):
     """The global batch is the same; four rows go to one process and three to the other, then in two turns."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(root=str(ROOT), fails=False))
-    steps = ["--steps", "1", "--warmup", "0"]
-    found = {}
-    for name, more in (("one", []), ("two", []), ("two in turns", ["--accumulate", "2"])):
-        arguments = [tmp_path / name, *command(folder, tmp_path / name, task, *steps, *more)]
-        alone = [sys.executable, worker, *map(str, arguments)]
-        process = (torchrun(worker, *arguments) if "two" in name else
-                   subprocess.Popen(alone, stderr=subprocess.PIPE, text=True))
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        found[name] = torch.load(tmp_path / f"{name}-0.pt")
-        if "two" in name:
-            assert torch.equal(found[name], torch.load(tmp_path / f"{name}-1.pt"))
-            print(f"{task}, {name}: {relative(found[name], found['one']):.1e}")
-            assert relative(found[name], found["one"]) <= 1e-6
-            one, two = (metrics(tmp_path / n)[0]["loss"] for n in ("one", name))
-            assert two == pytest.approx(one, rel=1e-6)
+    found, alone = {}, tmp_path / "one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)   # put back after
+        watch_gradients(alone)
+        assert train.main(command(folder, alone, task, *ONE_STEP)) == 0
+    for name, more in (("two", []), ("two in turns", ["--accumulate", "2"])):
+        out = tmp_path / name
+        status, err = run_two(command(folder, out, task, *ONE_STEP, *more), gradients=str(out))
+        assert status == [0, 0], err
+        found, other, expected = (torch.load(f"{path}.pt") for path in (f"{out}-0", f"{out}-1", f"{alone}-0"))
+        assert torch.equal(found, other)
+        print(f"{task}, {name}: {relative(found, expected):.1e}")
+        assert relative(found, expected) <= 1e-6
+        assert metrics(out)[0]["loss"] == pytest.approx(metrics(alone)[0]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--init", "nowhere"], "nowhere"), (["--batch-size", "1"], "too small for 2 x 1 pieces")])
+ALL_FAIL = pytest.mark.parametrize("more, words", [
+    (["--init", "nowhere"], "nowhere"), (["--batch-size", "1"], "too small for 2 x 1 pieces"),
+    (["--lr", "fast"], "invalid float value")])
+
+
+@ALL_FAIL
 def test_an_error_in_all_processes_is_said_once(folder, tmp_path, more, words):
-    process = torchrun(ROOT / "train.py", *command(folder, tmp_path / "bad", "lm", *more))
-    out, err = process.communicate(timeout=120)
-    said = [line for line in err.split("\n") if line.startswith("train.py: error:")]
-    assert process.returncode and len(said) == 1 and words in said[0], err
+    status, err = run_two(command(folder, tmp_path / "bad", "lm", *more))
+    assert status == [2, 2] and len(errors(err)) == 1 and words in errors(err)[0], err
+    assert not list(tmp_path.iterdir())
+
+
+def test_by_torchrun_too(folder, tmp_path):
+    """The command itself, which ends every process as soon as one has failed."""
+    process = torchrun(*command(folder, tmp_path / "bad", "lm", "--init", "nowhere"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode and len(errors(err)) == 1 and "nowhere" in errors(err)[0], err
     assert not list(tmp_path.iterdir())
 
 
 def test_an_error_in_one_process_ends_all(folder, tmp_path):
     """No waiting for a process that is gone; its own words, and no others'."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(root=str(ROOT), fails=True))
     began = time.time()
-    process = torchrun(worker, tmp_path / "g", *command(folder, tmp_path / "burnt", "classify"))
-    out, err = process.communicate(timeout=120)
-    said = [line for line in err.split("\n") if line.startswith("train.py: error:")]
-    assert process.returncode and said == ["train.py: error: process 1: the disk is on fire"], err
+    status, err = run_two(command(folder, tmp_path / "burnt", "classify"), gradients=str(tmp_path / "g"),
+                          failing_rank=1)
+    assert status == [1, 2] and errors(err) == ["train.py: error: process 1: the disk is on fire"], err
     assert "gloo" not in err and time.time() - began < 100
+    assert {path.suffix for path in tmp_path.iterdir()} == {".pt"}         # nothing of the run
 
 
 @pytest.mark.slow
@@ -188,17 +163,17 @@ def test_two_processes_killed_interrupted_and_resumed(folder, tmp_path, task):
     more = ["--accumulate", "2", "--save-every", "6", "--eval-every", "20"]
 
     def start(out):
-        return torchrun(ROOT / "train.py", *command(folder, out, task, *more, init="neox-0.1"))
+        return torchrun(*command(folder, out, task, *more, init="neox-0.1"))
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert start(whole).wait(timeout=300) == 0
     process = start(parts)
-    wait_for_lines(parts, 15, process)
+    wait_for_lines(parts, 15, lambda: process.poll() is None)
     random.Random(task).choice(psutil.Process(process.pid).children()).kill()
     _, err = process.communicate(timeout=120)
     assert process.returncode and not parts.exists()
     process = start(parts)
-    wait_for_lines(parts, 31, process)
+    wait_for_lines(parts, 31, lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert "going on after step" in err and "stopped after step" in err and not parts.exists(), err
@@ -216,7 +191,7 @@ def test_two_processes_killed_interrupted_and_resumed(folder, tmp_path, task):
 # ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task, init", [
-    ("classify", "neo-0.1"), ("lm", "neox-0.1"),
+    ("classify", "neo-0.1"), pytest.param("lm", "neox-0.1", marks=pytest.mark.slow),
     pytest.param("classify", "neox-0.1", marks=pytest.mark.slow)])
 def test_killed_at_random_and_resumed_is_the_same_run(folder, tmp_path, task, init):
     """SIGKILL at two places; the weights, the log and the measurements are an uninterrupted run's."""

@@ -321,6 +321,7 @@ def test_bad_numbers(folder, capsys, more, words):
 def test_init_that_cannot_be(folder, finished, capsys):
     start = ["--text", str(folder / "one.txt"), "--out", str(folder / "bad"), "--init"]
     assert "folder" in refused(capsys, [*start, str(folder / "nowhere")])
+    assert "one.txt is a file" in refused(capsys, [*start, str(folder / "one.txt")])
     error = refused(capsys, [*start, str(finished["neo"]), "--context", "33"])
     assert "--context 33 is more than the 32 positions" in error
 
@@ -417,8 +418,7 @@ def test_a_classifier_is_no_language_model(checkpoint, tmp_path, capsys):
     (["--out", ".."], "--out must name a folder"), (["--out", "/proc/nothing/out"], "/proc"),
     (["--out", "{}/one.txt/out"], "one.txt"), (["--out", "{}/one.txt"], "is there already, and not from train.py"),
     (["--out", "{}/" + "x" * 300], "File name too long"),
-    (["--text", "{}"], "Is a directory"), (["--valid", "{}"], "Is a directory"),
-    (["--init", "{}/one.txt", "--family"], "argument --family: expected one argument")])
+    (["--text", "{}"], "Is a directory"), (["--valid", "{}"], "Is a directory")])
 def test_options_that_cannot_be(folder, tmp_path, capsys, more, words):
     before = sorted(folder.rglob("*"))
     more = [part.format(folder) for part in more]

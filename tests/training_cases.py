@@ -2,18 +2,24 @@
 
 import csv
 import json
+import multiprocessing.forkserver
+import os
 import random
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import train
 from conftest import ROOT
 from training.model import new_model
 from training.new_tokenizer import new_tokenizer
+from training.processes import rank
 
 TASKS = ["lm", "classify"]
 SHAPE = dict(hidden_size=32, layers=2, heads=2, window=8, vocab_size=320)
@@ -61,27 +67,102 @@ def write_data(folder):
     return folder
 
 
+# ------------------------------------------------------------------------------------------------
+# train.py in processes of its own, forked from one that has imported torch already
+# ------------------------------------------------------------------------------------------------
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def begin(arguments, logs, env=(), gradients=None, failing_rank=None):
+    """A process that runs train.main; what it prints goes to logs/out and logs/err.
+
+    gradients: where to save each step's, as PATH-RANK.pt.  failing_rank: whose third step fails.
+    """
+    FORKS.set_forkserver_preload(["training_cases", "torch._dynamo", "matplotlib.pyplot", "sklearn.metrics"])
+    with pytest.MonkeyPatch.context() as patch:             # the server that forks finds this file
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
+        multiprocessing.forkserver.ensure_running()
+    process = FORKS.Process(target=child, args=(list(map(str, arguments)), str(logs), dict(env),
+                                                gradients, failing_rank))
+    process.start()
+    return process
+
+
+def child(arguments, logs, env, gradients, failing_rank):
+    os.environ |= env
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(os.path.join(logs, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if gradients:
+        watch_gradients(gradients, failing_rank)
+    sys.exit(train.main(arguments))
+
+
+def watch_gradients(path, failing_rank=None):
+    """Save the gradients that are clipped; the third step of one process may fail."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def watched(parameters, largest):
+        parameters = list(parameters)
+        steps.append(1)
+        if rank() == failing_rank and len(steps) == 3:
+            raise OSError("the disk is on fire")
+        torch.save(torch.cat([p.grad.reshape(-1) for p in parameters]), f"{path}-{rank()}.pt")
+        return clip(parameters, largest)
+    torch.nn.utils.clip_grad_norm_ = watched
+
+
 def run(arguments, stop_with=None, after=0):
-    """train.py in a process of its own; with stop_with, that signal once `after` lines are logged."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    if stop_with:
-        wait_for_lines(arguments[arguments.index("--out") + 1], after, process)
-        process.send_signal(stop_with)
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
+    """train.py; with stop_with, that signal is sent once `after` lines are logged -> status, out, err."""
+    with tempfile.TemporaryDirectory() as logs:
+        process = begin(arguments, logs)
+        if stop_with:
+            wait_for_lines(arguments[arguments.index("--out") + 1], after, process.is_alive)
+            os.kill(process.pid, stop_with)
+        process.join(600)
+        return process.exitcode, *(Path(logs, name).read_text(encoding="utf-8") for name in ("out", "err"))
 
 
-def wait_for_lines(out, count, process):
+def run_two(arguments, **how):
+    """train.py in two processes, with the environment that torchrun gives them -> statuses, err."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as logs:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+        free.close()
+        env = dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        both = [begin(arguments, logs, env | dict(RANK=str(i), LOCAL_RANK=str(i)), **how) for i in range(2)]
+        for process in both:
+            process.join(120)
+        return [process.exitcode for process in both], Path(logs, "err").read_text(encoding="utf-8")
+
+
+def torchrun(*arguments):
+    """train.py by torchrun as the README has it, in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen([*command, str(ROOT / "train.py"), *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_lines(out, count, running):
     """Until that many lines are in the log of the run, or the process has ended."""
     log = Path(f"{out}.run", "metrics.jsonl")
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= count):
+    while running() and not (log.exists() and log.read_bytes().count(b"\n") >= count):
         time.sleep(0.002)
 
+
+# ------------------------------------------------------------------------------------------------
+# What it wrote and said
+# ------------------------------------------------------------------------------------------------
 
 def metrics(out):
     lines = Path(f"{out}.run", "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+def errors(err):
+    """The lines of an error among what processes say."""
+    return [line for line in err.split("\n") if line.startswith("train.py: error:")]
 
 
 def refused(capsys, arguments):
