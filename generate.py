@@ -157,7 +157,7 @@ def settings_of(args, model, prompt_length):
         max_new_tokens=new, max_length=None, num_return_sequences=1))
 
 
-def write(model, tokenizer, prompt, args, generator):
+def continue_prompt(model, tokenizer, prompt, args, generator):
     """Continue one prompt; returns (prompt tokens, seconds, new tokens, seconds)."""
     check_text(prompt, "the prompt")
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
@@ -277,7 +277,7 @@ def run(args):
             for _ in range(args.num_samples):
                 if counts:
                     print(flush=True)
-                counts.append(write(model, tokenizer, prompt, args, generator))
+                counts.append(continue_prompt(model, tokenizer, prompt, args, generator))
         except ValueError as error:
             if not args.interactive:
                 raise

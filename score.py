@@ -1,20 +1,21 @@
 """How likely a text is to a model, and which token it expects next.
 
-    python generate.py --score FILE                    loss, bits per byte and perplexity, whatever the length
-    python generate.py --top 5 "To be, or not to"      the likeliest next tokens
+    python generate.py --score FILE                  loss, bits per byte and perplexity of a text
+    python generate.py --top 5 "To be, or not to"    the likeliest next tokens
 
     N  tokens of the text · L  window · S  stride · V  vocabulary
 
-A model sees at most L tokens, so a window of L slides over the text, S tokens at a time, and each
-window scores the tokens that no window before it has:
+A model sees at most L tokens, so a window of L slides over a longer text, S tokens at a time, and
+each window evaluates the tokens that no window before it has evaluated:
 
-    0 1 2 3 4 5 6 7                    L = 8, S = 4: the first window scores 1 to 7,
+    0 1 2 3 4 5 6 7                    L = 8, S = 4: the first window evaluates 1 to 7,
             · · · · 8 9 10 11          the second 8 to 11, of which 8 is given four tokens
 
-Every token but the first, which has nothing before it, is scored once, given at least L - S tokens
-(one where S = L).  A small stride gives each more to go on, in N / S passes.  The windows are those of
-transformers' documentation, "Perplexity of fixed-length models"; its average leaves one token of
-each later window out of the count, this one none.
+Every token but the first, which has nothing before it, is evaluated once, given at least L - S
+tokens (one where S = L).  A small stride gives each token more to go on and takes more forward
+passes, N / S of them.  The windows are those of transformers' documentation, "Perplexity of
+fixed-length models".  Its average leaves one token of each later window out of the count; this one
+leaves out none.
 """
 
 import itertools
@@ -29,59 +30,70 @@ from tqdm import tqdm
 
 from tokenizer import token_bytes
 
-SLICE = 256                                                # rows of logits that become float32 at once
+SLICE = 256                                            # rows of logits that become float32 at once
 
 
 @dataclass
 class Score:
-    loss: float                                            # nats a token
-    bits_per_byte: float                                   # comparable between tokenizers, unlike the others
-    perplexity: float
-    tokens: int                                            # scored: all but the first
-    bytes: int                                             # of UTF-8 that these stand for
+    """What evaluating a text gives."""
+    loss: float                 # mean cross entropy of a token given those before it (nats)
+    bits_per_byte: float        # the same for a byte; it alone can be compared between tokenizers
+    perplexity: float           # exp(loss)
+    tokens: int                 # evaluated: all but the first
+    bytes: int                  # of UTF-8 that these tokens stand for
 
 
 def windows(N, L, S):
-    """Yield (begin, first, end): the window ids[begin:end] scores ids[first:end]."""
+    """Yield (begin, first, end): the window ids[begin:end] evaluates ids[first:end]."""
     first = 1
     for start in range(0, N, S):
         end = min(start + L, N)
         if end > first:
-            yield min(start, first - 1), first, end        # S = L: the token before the window comes too
+            yield min(start, first - 1), first, end    # where S = L, with the token before the window
             first = end
 
 
 def window_and_stride(config, stride=None):
-    """L, the length that the model was made for, and S, by default half; ValueError unless S is 1 … L."""
+    """L, the length that the model was made for, and S, half of it unless given.
+
+    Raises ValueError for a stride outside 1 … L.
+    """
     L = config.max_position_embeddings
     S = max(1, L // 2) if stride is None else stride
     if not 1 <= S <= L:
-        raise ValueError(f"the stride must be 1 to {L}, the tokens that this model sees at once, got {S}")
+        raise ValueError(f"the stride must be 1 to {L}, the tokens that this model sees at once, "
+                         f"got {S}")
     return L, S
 
 
 @torch.no_grad()
 def log_probs(model, ids, stride=None):
-    """Log-probability of every token but the first, given those before it in its window.  (N,) -> (N - 1,)
+    """Log-probability of each token but the first, given those before it in its window.
 
-    model: a causal one in eval mode; ids: int64, on its device.  The result is at least float32.
+    model: a causal language model in eval mode.  ids (N,) int64, on its device -> (N - 1,), in the
+    logits' dtype but at least float32.
     Raises ValueError for fewer than two ids, ids outside the vocabulary, a stride outside 1 … L.
     """
     L, S = window_and_stride(model.config, stride)
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} token: nothing stands before the first, so two are needed")
+        raise ValueError(f"the text has {len(ids)} token: nothing stands before the first, so two "
+                         "are needed")
     parts, steps = [], [*windows(len(ids), L, S)]
-    for begin, first, end in tqdm(steps, desc="scoring", unit=" windows", leave=False, disable=None):
-        out = model(ids[None, begin:end - 1], logits_to_keep=end - first)  # the last token predicts nothing
+    for begin, first, end in tqdm(steps, desc="evaluating", unit=" windows", leave=False,
+                                  disable=None):
+        out = model(ids[None, begin:end - 1], logits_to_keep=end - first)  # the last predicts nothing
         for rows, targets in zip(out.logits[0].split(SLICE), ids[first:end].split(SLICE)):
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))                 # (SLICE, V)
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))             # (SLICE, V)
             parts.append(-F.cross_entropy(rows, targets, reduction="none"))
-        del out                                            # before the next window's logits are made
+        del out                                        # before the next window's logits are made
     return torch.cat(parts)
 
 
 def score_text(model, tokenizer, text, stride=None):
-    """The Score of a text; errors are log_probs'.  Bytes are those of the scored tokens themselves."""
+    """Evaluate a text: its Score.  Bytes are counted from the evaluated tokens themselves.
+
+    Raises what log_probs raises.
+    """
     ids = tokenizer.encode(text)
     found = log_probs(model, torch.tensor(ids, dtype=torch.long, device=model.device), stride)
     loss = -found.double().mean()
@@ -92,16 +104,17 @@ def score_text(model, tokenizer, text, stride=None):
 
 @torch.no_grad()
 def likeliest(model, tokenizer, prompt, count):
-    """The `count` likeliest tokens after a prompt, likeliest first: a list of (probability, id, shown text).
+    """The `count` likeliest next tokens after a prompt: [(probability, id, text as shown), …].
 
-    Probabilities are the model's own, softmax over all V rows.  Rows without a token, which only round up
-    the matrix, are left out of the list, as generation on the command line leaves them out.
+    Probabilities are the softmax over all V rows of the matrix.  Rows without a token, which only
+    round up its size, are left out of the list, as generate.py never chooses them.
     Raises ValueError for an empty prompt and for one of more tokens than the model has positions.
     """
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
     logits = model(ids, logits_to_keep=1).logits[0, -1]                                # (V,)
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    ranked = ((p[id].item(), id, shown(token)) for id in p.argsort(descending=True, stable=True).tolist()
+    order = p.argsort(descending=True, stable=True).tolist()
+    ranked = ((p[id].item(), id, shown(token)) for id in order
               if (token := tokenizer.convert_ids_to_tokens(id)) is not None)
     return [*itertools.islice(ranked, count)]
 
@@ -115,7 +128,10 @@ def shown(token):
 
 
 def read_text(name):
-    """The text of a UTF-8 file, of standard input for "-", without a byte-order mark.  ValueError if there is none."""
+    """The text of a UTF-8 file, or of standard input for "-", without a byte-order mark.
+
+    Raises ValueError where it cannot be read, is not UTF-8 or is empty.
+    """
     if name == "-" and sys.stdin is None:
         raise ValueError("standard input is closed: there is no text to read")
     try:
@@ -124,7 +140,7 @@ def read_text(name):
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8, the byte at offset {error.start} is "
                          f"{error.object[error.start]:#04x}") from None
-    except (OSError, ValueError) as error:                 # ValueError: a closed file, or a name with a null
+    except (OSError, ValueError) as error:             # ValueError: a closed file
         raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
     if not text:
         raise ValueError(f"{name}: there is no text in it")
