@@ -195,8 +195,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     except ValueError as error:
         raise ValueError(f"{name_or_folder}: {error}") from None
     dtype = choose_dtype(torch_dtype, dtype, raw)
-    path = fetch(name_or_folder, "generation_config.json", revision, required=False)
-    generation_config = {} if path is None else read_json(path)
+    generation_config, where = read_generation_config(name_or_folder, revision, raw, cls)
     with torch.device("meta"), NoInit():
         model = cls(config, attn_implementation)
 
@@ -205,6 +204,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     model.generation_config.update(generation_config)
+    vars(model.generation_config)["file"] = where
     return model.eval()
 
 
@@ -220,6 +220,22 @@ def with_changes(raw, changes, cls):
     if "attention_types" in changes:
         stale.add("attention_layers")
     return {name: value for name, value in raw.items() if name not in stale} | changes
+
+
+def read_generation_config(name_or_folder, revision, raw, cls):
+    """A checkpoint's settings for generate, and the file that they stand in, for error messages.
+
+    As in transformers, generation_config.json counts alone where there is one, so that without an
+    eos_token_id in it text does not end.  Else they may stand in config.json (raw), as before 2023.
+    """
+    path = fetch(name_or_folder, "generation_config.json", revision, required=False)
+    if path is not None:
+        return read_json(path) or {"eos_token_id": None}, str(path)
+    names = getattr(getattr(cls, "generate", None), "settings", ())
+    settings = {name: raw[name] for name in names if raw.get(name) is not None}
+    if settings.keys() <= {"bos_token_id", "eos_token_id", "pad_token_id"}:
+        settings = {}                                      # the model's own config has these
+    return settings, f"{name_or_folder}/config.json"
 
 
 class NoInit(TorchFunctionMode):

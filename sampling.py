@@ -560,6 +560,10 @@ def generate(self, input_ids=None, attention_mask=None, *, generator=None, compi
     return torch.cat([input_ids, *(token[:, None] for token in new)], dim=1)
 
 
+# What an old config.json can say of generating; the loader finds it here.
+generate.settings = [*CHECKS, *REFUSED]
+
+
 def check_prompt(model, input_ids, attention_mask, settings):
     """Raise ValueError for a prompt that cannot be continued; warn of padding on the right."""
     check_inputs(input_ids, None, model.config)

@@ -49,7 +49,7 @@ def windows(N, L, S):
     for start in range(0, N, S):
         end = min(start + L, N)
         if end > first:
-            yield min(start, first - 1), first, end    # where S = L, with the token before the window
+            yield min(start, first - 1), first, end    # S = L: with the token before the window
             first = end
 
 
@@ -81,7 +81,7 @@ def log_probs(model, ids, stride=None):
     parts, steps = [], [*windows(len(ids), L, S)]
     for begin, first, end in tqdm(steps, desc="evaluating", unit=" windows", leave=False,
                                   disable=None):
-        out = model(ids[None, begin:end - 1], logits_to_keep=end - first)  # the last predicts nothing
+        out = model(ids[None, begin:end - 1], logits_to_keep=end - first)  # the last has no next
         for rows, targets in zip(out.logits[0].split(SLICE), ids[first:end].split(SLICE)):
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))             # (SLICE, V)
             parts.append(-F.cross_entropy(rows, targets, reduction="none"))

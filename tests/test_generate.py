@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import json
 import pickle
+import shutil
 import warnings
 from dataclasses import fields, replace
 
@@ -14,7 +16,7 @@ import transformers
 import generate
 import sampling as G
 from conftest import ROOT
-from helpers import ours, random_case, reference
+from helpers import REFERENCE, ours, random_case, reference, saved
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 
 LONG = {"max_position_embeddings": 600}
@@ -262,6 +264,47 @@ def test_settings_in_the_checkpoint_are_the_references(pair, settings):
     """Without an end of text in generation_config.json there is none, whatever config.json says."""
     theirs, mine = stored(pair, settings)
     assert torch.equal(mine, theirs)
+
+
+def with_files(case, folder, generation, config):
+    """The case's checkpoint with another generation_config.json (None: without) and more in config.json."""
+    shutil.copytree(saved(case), folder)
+    path, old = folder / "generation_config.json", folder / "config.json"
+    path.unlink() if generation is None else path.write_text(json.dumps(generation))
+    old.write_text(json.dumps(json.loads(old.read_text()) | config))
+    return folder
+
+
+OLD = dict(top_k=5, do_sample=True, suppress_tokens=[*range(0, 60, 2)], repetition_penalty=1.3, max_length=40)
+
+
+@pytest.mark.parametrize("generation, config", [
+    (None, OLD), (None, {"no_repeat_ngram_size": 2, "eos_token_id": 7}), (None, {}), ({}, {}), ({}, OLD), ({"do_sample": True}, OLD),
+    ({"eos_token_id": [*range(50)], "pad_token_id": 3}, {}), ({"eos_token_id": None, "top_k": 5}, {}),
+    (None, {"eos_token_id": 7, "min_new_tokens": 12, "task_specific_params": {"text-generation": {"top_k": 1}}}),
+    (None, {"num_beams": 1, "output_scores": False, "use_cache": True, "bad_words_ids": None, "early_stopping": False})], ids=str)
+@pytest.mark.parametrize("seed", [300, 301], ids=["neo", "neox"])
+def test_the_files_settings_are_the_references(seed, generation, config, tmp_path):
+    """An old config.json's count only without generation_config.json; a saved copy says the same."""
+    case = random_case(seed)
+    folder = with_files(case, tmp_path / "a", generation, config)
+    theirs = REFERENCE[case.family][1].from_pretrained(folder, attn_implementation="eager")
+    mine = AutoModelForCausalLM.from_pretrained(folder)
+    mine.save_pretrained(tmp_path / "b")
+    texts = []
+    for model in (theirs, mine, AutoModelForCausalLM.from_pretrained(tmp_path / "b")):
+        torch.manual_seed(3)
+        texts.append(model.generate(IDS))
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[1], texts[2])
+
+
+def test_the_file_is_named(tmp_path):
+    """Where a setting that this project leaves out stands."""
+    case = random_case(301)
+    for generation, config, name in ((None, {"num_beams": 4}, "config.json"), ({"num_beams": 4}, {}, "generation_config.json")):
+        folder = with_files(case, tmp_path / name, generation, config)
+        with pytest.raises(ValueError, match=f"^{folder}/{name}: num_beams=4 is not supported here"):
+            AutoModelForCausalLM.from_pretrained(folder).generate(IDS)
 
 
 @pytest.mark.filterwarnings("ignore:both max_new_tokens")
