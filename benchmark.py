@@ -1,25 +1,27 @@
 """Speed and memory, side by side with transformers in one run.
 
-    python benchmark.py prefill         read a prompt of 2048 tokens           (benchmarks/generation.py)
+    python benchmark.py gpu --out DIR   everything on a GPU: checks, timings, table, plot (benchmarks/gpu.py)
+    python benchmark.py prefill         a prompt of 2048 tokens                (benchmarks/generation.py)
     python benchmark.py decode          one token more, at contexts 16 and 1900
     python benchmark.py batch           tokens a second of 1, 4 and 16 rows
-    python benchmark.py memory          peak memory of reading and writing 2048 tokens
+    python benchmark.py memory          peak memory of a prompt of 1984 tokens and 64 new ones
     python benchmark.py train           one training step: time and peak memory (benchmarks/training.py)
     python benchmark.py growth          speed and memory against the length of the text, with plots
-    python benchmark.py ceilings        what this machine reads and multiplies at most
-    python benchmark.py load            from_pretrained and one look at every weight: time, peak memory
+    python benchmark.py ceilings        how fast this machine can read memory and multiply matrices
+    python benchmark.py load            from_pretrained, then every weight read once: time, peak memory
     python benchmark.py first-token     from the command line to the first token of text
     python benchmark.py attention       one layer through every backend (benchmarks/backends.py)
     python benchmark.py kernels         the Triton kernels compiled, without a GPU (benchmarks/kernels.py)
     python benchmark.py all             ceilings, prefill, decode, batch, memory, train, load, first-token
 
-Both sides get the same weights (random, in an official shape), the same dtype and threads, and turns
-one after the other, since machines drift; ratios are taken turn by turn.  The reference runs as its
-users run it: its own default attention (eager for GPT-Neo, which has no other on a CPU; sdpa for
-GPT-NeoX).
+Both sides get the same weights (random, in an official shape), the same dtype and the same threads.
+They take turns, because the speed of a machine drifts, and ratios are taken turn by turn.  The
+reference runs as its users run it, with its own default attention (eager for GPT-Neo, which has no
+other on a CPU; sdpa for GPT-NeoX).
 """
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -29,17 +31,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import stand_ins
+
 if "kernels" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "0")         # attention.py then imports triton without a GPU
+MISSING = stand_ins.install() if "gpu" in sys.argv else []          # before anything imports them
 
 import torch
 
-from benchmarks import backends, generation, growth, kernels, training
-from benchmarks.generation import in_turns, seconds
+from benchmarks import backends, generation, gpu, growth, kernels, training
+from benchmarks.common import ROOT, in_fresh_process, in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
 from neo import GPTNeoForCausalLM
-
-HERE = Path(__file__).resolve().parent
 
 
 def show(title, figures, unit, base="transformers"):
@@ -53,63 +56,60 @@ def show(title, figures, unit, base="transformers"):
 
 
 LOADERS = {
-    "ours": "from load_weights import AutoModelForCausalLM as Auto; "
-            "load = lambda f: Auto.from_pretrained(f)",
-    "transformers": "import transformers; from transformers import AutoModelForCausalLM as Auto; "
-                    "transformers.utils.logging.disable_progress_bar(); "
-                    "load = lambda f: Auto.from_pretrained(f, dtype='float32')",
+    "ours": "from load_weights import AutoModelForCausalLM as Auto\n"
+            "how = {}",
+    "transformers": "import transformers\n"
+                    "from transformers import AutoModelForCausalLM as Auto\n"
+                    "transformers.utils.logging.disable_progress_bar()\n"
+                    "how = dict(dtype='float32')",
 }
-# The class is imported before the clock starts: `load` is loading, not importing.
-MEASURE = """
-import json, time, torch
-from generate import peak_memory
-{imports}
-load({tiny!r})
-peak = lambda: peak_memory(torch.device("cpu"))
+# A tiny model is loaded first, so that the time and the memory are of loading and not of importing.
+LOAD = """
+Auto.from_pretrained({tiny!r}, **how)
 before, start = peak(), time.perf_counter()
-model = load({folder!r})
+model = Auto.from_pretrained({folder!r}, **how)
 total = sum(p.sum() for p in model.parameters())
-print(json.dumps([time.perf_counter() - start, peak() - before]))
 """
 
 
-def load(args):
+def write_tiny(kind, folder):
+    """A checkpoint of almost no size, of the model class `kind`."""
+    small = dict(vocab_size=8, hidden_size=8, max_position_embeddings=8)
+    small |= (dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])
+              if kind is GPTNeoForCausalLM else
+              dict(num_hidden_layers=1, num_attention_heads=2, rotary_pct=1.0, intermediate_size=8))
+    kind(kind.config_class(**small)).save_pretrained(folder)
+
+
+def load(model, rounds):
     """from_pretrained in a process of its own, every weight read once; peak above the interpreter's."""
     with tempfile.TemporaryDirectory() as root:
         folder, tiny = f"{root}/whole", f"{root}/tiny"
-        write(args.model, folder)
-        kind = model_class(SHAPES[args.model])
-        small = dict(vocab_size=8, hidden_size=8, max_position_embeddings=8)
-        small |= (dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])
-                  if kind is GPTNeoForCausalLM else
-                  dict(num_hidden_layers=1, num_attention_heads=2, rotary_pct=1.0, intermediate_size=8))
-        kind(kind.config_class(**small)).save_pretrained(tiny)    # to import everything
+        write(model, folder)
+        write_tiny(model_class(SHAPES[model]), tiny)
         size = os.path.getsize(f"{folder}/model.safetensors")
 
         def measure(name):
-            code = MEASURE.format(imports=LOADERS[name], folder=folder, tiny=tiny)
-            out = subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True,
-                                 capture_output=True, text=True)
-            return json.loads(out.stdout.splitlines()[-1])
+            code = LOADERS[name] + LOAD.format(folder=folder, tiny=tiny)
+            return in_fresh_process(code, "[time.perf_counter() - start, peak() - before]")
 
-        both = in_turns({name: lambda name=name: measure(name) for name in LOADERS}, args.rounds)
+        both = in_turns({name: lambda name=name: measure(name) for name in LOADERS}, rounds)
     time_figures = {name: [pair[0] for pair in pairs] for name, pairs in both.items()}
     peak_figures = {name: [pair[1] / size for pair in pairs] for name, pairs in both.items()}
-    show(f"from_pretrained, {args.model} shape, float32 safetensors of {size / 1e6:.0f} MB",
-         time_figures, "s")
+    show(f"from_pretrained, {model} shape, float32 safetensors of {size / 1e6:.0f} MB", time_figures, "s")
     show("peak memory above the interpreter's, in sizes of the file", peak_figures, "×")
     return {"seconds": time_figures, "peak / file": peak_figures}
 
 
-def first_token(args):
+def first_token(rounds):
     """Whole processes: the command line with the demo checkpoint, against importing torch alone."""
     def process(*arguments):
-        return seconds(lambda: subprocess.run([sys.executable, *arguments], cwd=HERE, check=True,
+        return seconds(lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True,
                                               capture_output=True))
 
     one_token = process("generate.py", "HAMLET.", "--max-new-tokens", "1")
     figures = in_turns({"import torch": process("-c", "import torch"), "first token": one_token},
-                       args.rounds)
+                       rounds)
     show("from the command line to the first token, checkpoints/demo-neo", figures, "s",
          base="import torch")
     more = [b - a for a, b in zip(*figures.values())]
@@ -117,36 +117,51 @@ def first_token(args):
     return figures
 
 
-COMMANDS = {**generation.COMMANDS, "growth": growth.run, "train": training.run, "load": load, "first-token": first_token,
-            "attention": backends.run, "kernels": kernels.run}
+COMMANDS = {**generation.COMMANDS, "growth": growth.run, "train": training.run, "load": load,
+            "first-token": first_token, "attention": backends.run, "kernels": kernels.run, "gpu": gpu.run}
 
 ALL = ("ceilings", "prefill", "decode", "batch", "memory", "train", "load", "first-token")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*COMMANDS, "all"])
-    parser.add_argument("--model", choices=SHAPES, default="gpt-neo-125m", help="an official shape; its weights are random")
-    parser.add_argument("--against", metavar="NAMES", help="transformers (default), llama.cpp, or both with a comma")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="default float32; attention on a GPU float16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2048, help="prefill: length of the prompt")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="T", help="prefill and attention: several lengths")
-    parser.add_argument("--contexts", type=int, nargs="+", metavar="T", default=[16, 1900], help="decode")
-    parser.add_argument("--new-tokens", type=int, default=24, metavar="N", help="decode and batch: tokens a turn")
-    parser.add_argument("--device", help="attention: default cuda where there is one")
-    parser.add_argument("--heads", type=int, default=12, help="attention")
-    parser.add_argument("--head-dim", type=int, default=64, metavar="D", help="attention")
-    parser.add_argument("--window", type=int, default=256, metavar="W", help="attention")
-    parser.add_argument("--plot", metavar="FILE", help="prefill, decode, attention: also a picture; growth: a folder for two")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to a file")
-    args = parser.parse_args()
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("what", choices=[*COMMANDS, "all"])
+    option("--model", choices=SHAPES, default="gpt-neo-125m", help="an official shape; the weights are random")
+    option("--against", metavar="NAMES", help="transformers (default), llama.cpp, or both with a comma")
+    option("--dtype", choices=["float32", "bfloat16", "float16"],
+           help="default float32; for attention on a GPU float16")
+    option("--rounds", type=int, default=5)
+    option("--tokens", type=int, default=2048, help="prefill: length of the prompt")
+    option("--lengths", type=int, nargs="+", metavar="T", help="prefill and attention: several lengths")
+    option("--contexts", type=int, nargs="+", metavar="T", default=[16, 1900], help="decode")
+    option("--new-tokens", type=int, default=24, metavar="N", help="decode and batch: tokens a turn")
+    option("--device", help="attention and gpu: default cuda where there is one")
+    option("--heads", type=int, default=12, help="attention")
+    option("--head-dim", type=int, default=64, metavar="D", help="attention")
+    option("--window", type=int, default=256, metavar="W", help="attention")
+    option("--plot", metavar="FILE", help="prefill, decode, attention: also a picture; growth: a folder for two")
+    option("--out", metavar="DIR", help="gpu: the folder for the table, the figures and the plot")
+    option("--minutes", type=float, default=7.5, help="gpu: what does not fit is listed (default 7.5)")
+    option("--json", metavar="FILE", help="also write every figure to a file")
+    args = parser.parse_args(argv)
+    if args.what == "gpu" and not args.out:
+        parser.error("gpu needs --out DIR")
+    return args
+
+
+def main(argv=None):
+    """Run one command or all; each function is given those options that it has a parameter for."""
+    args = arguments(argv)
+    options = vars(args) | {"missing": MISSING}
     versions = (f"python {platform.python_version()}, torch {torch.__version__}, "
                 f"{torch.get_num_threads()} threads")
     print(f"{processor()}, {platform.system()} {platform.machine()}, {versions}")
-    chosen = ALL if args.what == "all" else [args.what]
-    result = {name: COMMANDS[name](args) for name in chosen}
+    result = {}
+    for name in ALL if args.what == "all" else [args.what]:
+        function = COMMANDS[name]
+        result[name] = function(**{x: options[x] for x in inspect.signature(function).parameters})
     if args.json:
         Path(args.json).write_text(json.dumps({"versions": versions, **result}, indent=2) + "\n")
 

@@ -1,10 +1,10 @@
 """One attention layer through every backend, timed: local and global, forward and backward.
 
-    python benchmark.py attention --device cuda --plot attention.png
-    python benchmark.py attention                             what runs on a CPU
+    python benchmark.py attention --plot attention.png        what runs on this machine
+    python benchmark.py gpu --out DIR                         the same and much more on a GPU (benchmarks/gpu.py)
 
-Each backend is first held against float64, on one head, and is timed only if it errs no more than twice as
-much as the definition does in that dtype.  FlexAttention is torch's own, given our rule as its mask_mod.
+Each backend is first compared with float64, on one head, and it is timed only if its error is at most twice
+that of the definition in the same dtype.  FlexAttention is torch's own, with our rule as its mask_mod.
 """
 
 import functools
@@ -14,6 +14,7 @@ import time
 import torch
 
 import attention as A
+from benchmarks.common import COLOURS, name_of, pyplot
 
 
 def flex(q, k, v, *, scale, window=None):
@@ -36,9 +37,6 @@ def block_mask(T, window, device):
 BACKENDS = {**{name: functools.partial(A.attention, backend=name) for name in A.BACKENDS}, "flex": flex}
 
 
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"]          # told apart by everyone (Okabe and Ito)
-
-
 def whole(backend, q, k, v, do, **how):
     """Forward and backward: output and gradients."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -52,7 +50,8 @@ def errors(backend, tensors, backward, **how):
         return whole(name, *inputs, **how) if backward else [BACKENDS[name](*inputs[:3], **how)]
 
     truth = both("naive", [x.double() for x in tensors])
-    return [((x.double() - true).norm() / true.norm()).item() for x, true in zip(both(backend, tensors), truth)]
+    return [((x.double() - true).norm() / true.norm()).item()
+            for x, true in zip(both(backend, tensors), truth)]
 
 
 def milliseconds(function, device, least=5, seconds=1.0):
@@ -75,8 +74,8 @@ def milliseconds(function, device, least=5, seconds=1.0):
     return statistics.median(times)
 
 
-def measure(backend, q, k, v, do, backward, **how):
-    """Milliseconds, or in words why there are none."""
+def measure(backend, q, k, v, do, backward, seconds=1.0, **how):
+    """Milliseconds (a float), or a sentence that says why there are none."""
     if backend == "triton" and A.INTERPRETED:
         return "interpreted: right, and not worth timing"
     try:
@@ -84,9 +83,10 @@ def measure(backend, q, k, v, do, backward, **how):
         mine, bound = (errors(name, head, backward, **how) for name in (backend, "naive"))
         if any(not a <= 2 * b + 1e-7 for a, b in zip(mine, bound)):
             return f"WRONG: error {max(mine):.1e}, the definition's {max(bound):.1e}"
-        run = functools.partial(whole, backend, q, k, v, do) if backward else functools.partial(BACKENDS[backend], q, k, v)
+        run = (functools.partial(whole, backend, q, k, v, do) if backward
+               else functools.partial(BACKENDS[backend], q, k, v))
         with torch.set_grad_enabled(backward):
-            return milliseconds(functools.partial(run, **how), q.device)
+            return milliseconds(functools.partial(run, **how), q.device, seconds=seconds)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return "out of memory"
@@ -94,60 +94,72 @@ def measure(backend, q, k, v, do, backward, **how):
         return str(error).strip().splitlines()[0][:160]
 
 
-def run(args):
-    """Table, plot, and exit status 1 if a backend was wrong."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32"))
-    lengths = args.lengths or ([256, 512, 1024, 2048, 4096, 8192] if device.type == "cuda" else [256, 512, 1024, 2048])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, {str(dtype).removeprefix('torch.')}, {args.heads} heads {args.head_dim} wide, W = {args.window}; "
-          "milliseconds, median")
+def inputs(B, heads, T, head_dim, dtype, device):
+    """q, k, v and the gradient of the output, each (B, heads, T, head_dim), the same numbers every time."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (B, heads, T, head_dim)
+    return [torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(4)]
+
+
+def run(dtype, lengths, device, heads, head_dim, window, plot):
+    """Print the tables and draw the plot; exit status 1 if a backend was wrong."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, dtype or ("float16" if on_gpu else "float32"))
+    lengths = lengths or ([256, 512, 1024, 2048, 4096, 8192] if on_gpu else [256, 512, 1024, 2048])
+    name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
+    print(f"{name}, {name_of(dtype)}, {heads} heads {head_dim} wide, W = {window}; milliseconds, median")
     result = []
     for backward in (False, True):
-        for layer, window in (("local", args.window), ("global", None)):
-            print(f"\n{layer} layer, {'forward and backward' if backward else 'forward'}")
-            print("| T | " + " | ".join(BACKENDS) + " |\n|" + "---|" * (1 + len(BACKENDS)))
-            reasons = {}
-            for T in lengths:
-                torch.compiler.reset()                     # flex compiles for each length
-                generator = torch.Generator(device).manual_seed(0)
-                tensors = [torch.randn(1, args.heads, T, args.head_dim, device=device, generator=generator).to(dtype)
-                           for _ in range(4)]
-                found = {b: measure(b, *tensors, backward, scale=args.head_dim ** -0.5, window=window) for b in BACKENDS}
-                print(f"| {T} | " + " | ".join(f"{x:.3f}" if isinstance(x, float) else "–" for x in found.values()) + " |",
-                      flush=True)
-                reasons |= {b: why for b, why in found.items() if isinstance(why, str)}
-                result.append(dict(layer=layer, backward=backward, T=T, milliseconds=found))
-            for backend, why in reasons.items():
-                print(f"{backend}: {why}")
-    if args.plot:
-        plot(result, lengths, f"{name}, {args.heads} heads {args.head_dim} wide, W = {args.window}", args.plot)
+        for layer in ("local", "global"):
+            result += table(layer, backward, lengths, heads, head_dim, window, dtype, device)
+    if plot:
+        draw(result, f"{name}, {heads} heads {head_dim} wide, W = {window}", plot)
     if any(str(x).startswith("WRONG") for row in result for x in row["milliseconds"].values()):
         raise SystemExit("a backend was wrong, see above")
     return result
 
 
-def plot(result, lengths, title, file):
-    """How many times as fast as the definition, against T: a panel each for local and global, one way and both."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, layout="constrained")
-    for panel, (backward, layer) in zip(panels.flat, [(b, l) for b in (False, True) for l in ("local", "global")]):
-        rows = [r["milliseconds"] for r in result if (r["backward"], r["layer"]) == (backward, layer)]
-        for n, backend in enumerate(BACKENDS):
-            points = [(T, r["naive"] / r[backend]) for T, r in zip(lengths, rows)
-                      if isinstance(r["naive"], float) and isinstance(r[backend], float)]
+def table(layer, backward, lengths, heads, head_dim, window, dtype, device):
+    """Print one table, a row for each length; returns its rows."""
+    print(f"\n{layer} layer, {'forward and backward' if backward else 'forward'}")
+    print("| T | " + " | ".join(BACKENDS) + " |\n|" + "---|" * (1 + len(BACKENDS)))
+    rows, reasons = [], {}
+    how = dict(scale=head_dim ** -0.5, window=window if layer == "local" else None)
+    for T in lengths:
+        torch.compiler.reset()                             # FlexAttention is compiled for each length
+        tensors = inputs(1, heads, T, head_dim, dtype, device)
+        found = {name: measure(name, *tensors, backward, **how) for name in BACKENDS}
+        cells = (f"{x:.3f}" if isinstance(x, float) else "–" for x in found.values())
+        print(f"| {T} | " + " | ".join(cells) + " |", flush=True)
+        reasons |= {name: why for name, why in found.items() if isinstance(why, str)}
+        rows.append(dict(layer=layer, backward=backward, T=T, milliseconds=found))
+    for name, why in reasons.items():
+        print(f"{name}: {why}")
+    return rows
+
+
+def draw(result, title, file):
+    """How many times as fast as the definition, against T: a panel for each layer and direction."""
+    figure, panels = pyplot().subplots(2, 2, figsize=(9, 6.5), sharex=True, layout="constrained")
+    kinds = [(backward, layer) for backward in (False, True) for layer in ("local", "global")]
+    for panel, (backward, layer) in zip(panels.flat, kinds):
+        rows = sorted((row["T"], row["milliseconds"]) for row in result
+                      if (row["backward"], row["layer"]) == (backward, layer))
+        for marker, name in zip("osv^D", BACKENDS):
+            points = [(T, times["naive"] / times[name]) for T, times in rows
+                      if all(isinstance(times.get(x), float) for x in ("naive", name))]
             if points:
-                panel.plot(*zip(*points), marker="osv^D"[n], color=COLOURS[n], label=backend)
+                panel.plot(*zip(*points), marker=marker, color=COLOURS[name], label=name)
         panel.set(title=f"{layer} layer, {'forward and backward' if backward else 'forward'}", xscale="log")
         panel.set_ylim(bottom=0)
-        panel.set_xticks(lengths, [str(T) for T in lengths])
+        panel.set_xticks([T for T, _ in rows], [str(T) for T, _ in rows])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     figure.supxlabel("T, tokens")
     figure.supylabel("times as fast as the definition")
-    panels[0, 0].legend(frameon=False)
+    if panels[0, 0].lines:
+        panels[0, 0].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(file, dpi=120)
     print(f"wrote {file}")

@@ -1,7 +1,7 @@
-"""The same three things asked of everyone: read a prompt, stand at a context, write n tokens greedily.
+"""One interface to everyone who takes part: prefill a prompt, fill a cache, decode n tokens greedily.
 
-Same weights, same threads, same dtype.  Each runs as its users run it: transformers with its own default
-attention and cache; llama.cpp (benchmarks/llama_cpp.py) on the same numbers in a GGUF file.
+All get the same weights, threads and dtype.  Each runs as its users run it: transformers with its own default
+attention and cache; llama.cpp (benchmarks/llama_cpp.py) with the same numbers in a GGUF file.
 """
 
 import time
@@ -9,6 +9,7 @@ import time
 import torch
 
 from attention import KVCache
+from fast.step import Step
 from load_weights import AutoModelForCausalLM
 
 
@@ -22,20 +23,19 @@ class Ours:
         self.model(ids, logits_to_keep=keep)
 
     @torch.no_grad()
-    def stand_at(self, ids, room):
-        """Read ids (B, T) into a cache with room for more."""
+    def fill_cache(self, ids, room):
+        """Prefill ids (B, T) into a cache with room for more."""
         self.cache = KVCache(self.model.config, ids.size(0), ids.size(1) + room, self.model.dtype)
         self.mask = torch.ones(ids.size(0), ids.size(1) + room, dtype=torch.long)
         self.new = self.model(ids, cache=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
         self.context, self.step = ids.size(1), None
         if self.compile:
-            from fast.step import Step
             self.step = Step(self.model, self.cache)
 
     @torch.no_grad()
-    def write(self, n):
-        """Seconds of each of n tokens.  The context then stands where it was: what a ring has lost costs
-        the same to read."""
+    def decode(self, n):
+        """Seconds of each of n tokens.  Afterwards the cache counts its old length again, so that the next
+        turn does the same work (what a ring has lost costs the same to read)."""
         times, new = [], self.new
         for i in range(n):
             start = time.perf_counter()
@@ -62,17 +62,18 @@ class Transformers:
         self.model(ids, logits_to_keep=keep, use_cache=False)
 
     @torch.no_grad()
-    def stand_at(self, ids, room):
+    def fill_cache(self, ids, room):
         out = self.model(ids, use_cache=True, logits_to_keep=1)
         self.cache, self.context = out.past_key_values, ids.size(1)
         self.new = out.logits[:, -1].argmax(-1, keepdim=True)
 
     @torch.no_grad()
-    def write(self, n):
+    def decode(self, n):
         times, new = [], self.new
         for _ in range(n):
             start = time.perf_counter()
-            new = self.model(new, past_key_values=self.cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+            out = self.model(new, past_key_values=self.cache, use_cache=True)
+            new = out.logits[:, -1].argmax(-1, keepdim=True)
             times.append(time.perf_counter() - start)
         self.cache.crop(-n)
         return times

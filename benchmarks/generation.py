@@ -1,67 +1,38 @@
-"""Reading and writing text, beside transformers and llama.cpp in one run.
+"""Prefill and decoding, beside transformers and llama.cpp in one run.
 
     python benchmark.py prefill --dtype bfloat16              a prompt of 2048 tokens
     python benchmark.py decode --contexts 16 1900             one token more, at a context
     python benchmark.py batch                                 tokens a second of 1, 4, 16 rows
-    python benchmark.py memory                                peak of a process that reads and writes 2048 tokens
+    python benchmark.py memory                                peak of a process: a prompt of 1984 tokens, 64 new ones
     python benchmark.py ceilings                              what this machine can read and multiply at most
 
-Everyone takes turns within one run, since machines drift; ratios are taken turn by turn and their median
-reported.  A share is of the floor: bytes of weights and cache over the read bandwidth, or operations over the
-matrix product's rate, both measured here just before.
+All take turns within one run, because the speed of a machine drifts; ratios are taken turn by turn, and the
+median is reported.  The floor is the least time in which it could be done: bytes of weights and cache over
+the read bandwidth, or operations over the speed of a matrix product, both measured just before.  The "share
+of the floor" is this least time over the measured time.
 """
 
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.common import COLOURS, in_fresh_process, in_turns, name_of, pyplot, ratio, seconds
 from benchmarks.competitors import competitor
 from benchmarks.shapes import SHAPES, write
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
+from fast.linear import few_rows
+from fast.step import one_row
 
 
-def in_turns(runs, rounds):
-    """{name: function that measures} -> {name: its figures}, everyone once in each round."""
-    figures = {name: [] for name in runs}
-    for i in range(rounds + 1):                            # the first round warms up
-        for name, run in runs.items():
-            figure = run()
-            if i:
-                figures[name].append(figure)
-    return figures
-
-
-def seconds(function):
-    """A function that runs `function` and returns how long it took."""
-    def run():
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    return run
-
-
-def ratio(figures, name, base):
-    """How many times as fast `name` is as `base`, taken turn by turn: the median."""
-    return statistics.median(b / a for a, b in zip(figures[name], figures[base]))
-
-
-def competitors(args, *ours):
+def competitors(model, against, *ours):
     """Names to compare: ours, and those of --against that can run this shape."""
-    wanted = [x for x in (args.against or "transformers").split(",") if x]
+    wanted = [x for x in (against or "transformers").split(",") if x]
     unknown = set(wanted) - {"transformers", "llama.cpp"}
     if unknown:
         raise SystemExit(f"--against knows transformers and llama.cpp, not {', '.join(unknown)}")
-    if "llama.cpp" in wanted and args.model.startswith("gpt-neo-"):
+    if "llama.cpp" in wanted and model.startswith("gpt-neo-"):
         print("llama.cpp has no GPT-Neo: left out")
         wanted.remove("llama.cpp")
     return [*ours, *wanted]
@@ -100,68 +71,69 @@ def operations_of_a_prefill(config, T):
 
 def row(label, figures, names, unit, shown, extra):
     """One line for each competitor: median, spread, how we compare, and its share of the floor."""
+    mine = [name for name in names if name in ("ours", "compiled")]
     print(f"\n{label}")
-    print(f"| | {unit} | from – to | times as fast as it: {' / '.join(n for n in names if n in ('ours', 'compiled'))} | share of the floor |")
+    print(f"| | {unit} | from – to | {' / '.join(mine)}: times as fast as this row | share of the floor |")
     print("|---|---|---|---|---|")
     for name in names:
         values = sorted(shown(x) for x in figures[name])
-        versus = " / ".join(f"{ratio(figures, mine, name):.2f}" for mine in names if mine in ("ours", "compiled"))
+        versus = " / ".join(f"{ratio(figures, x, name):.2f}" for x in mine)
         print(f"| {name} | {statistics.median(values):.2f} | {values[0]:.2f} – {values[-1]:.2f} | {versus} | "
               f"{extra(statistics.median(figures[name])):.0%} |", flush=True)
 
 
-def prefill(args):
-    """Read a prompt of --tokens, without a cache: the last token's logits, which are what generation needs."""
-    dtype = getattr(torch, args.dtype or "float32")
-    config, rate = SHAPES[args.model], matrix_rate(dtype)
-    names, result = competitors(args, "ours"), {}
+def prefill(model, against, dtype, rounds, tokens, lengths, plot):
+    """A prompt of --tokens, without a cache: the last token's logits, which are what generation needs."""
+    dtype = getattr(torch, dtype or "float32")
+    config, rate = SHAPES[model], matrix_rate(dtype)
+    names, result = competitors(model, against, "ours"), {}
     with tempfile.TemporaryDirectory() as folder:
-        write(args.model, folder)
+        write(model, folder)
         players = {name: competitor(name, folder, dtype) for name in names}
-        for T in args.lengths or [args.tokens]:
+        for T in lengths or [tokens]:
             ids = torch.randint(1, 50000, (1, T), generator=torch.Generator().manual_seed(0))
-            figures = in_turns({name: seconds(lambda p=p: p.prefill(ids)) for name, p in players.items()}, args.rounds)
+            runs = {name: seconds(lambda p=p: p.prefill(ids)) for name, p in players.items()}
+            figures = in_turns(runs, rounds)
             floor = operations_of_a_prefill(config, T) / rate
-            row(f"prefill of {T} tokens, {args.model} shape, {name_of(dtype)}", figures, names, "seconds", lambda x: x,
-                lambda x: floor / x)
+            row(f"prefill of {T} tokens, {model} shape, {name_of(dtype)}", figures, names, "seconds",
+                lambda x: x, lambda x: floor / x)
             result[T] = figures
-    if args.plot:
-        plot(result, names, f"{args.model} shape, {name_of(dtype)}: reading a prompt", "T, tokens of the prompt",
-             "seconds", lambda x: x, args.plot)
+    if plot:
+        draw(result, names, f"{model} shape, {name_of(dtype)}: prefill", "T, tokens of the prompt",
+             "seconds", lambda x: x, plot)
     return result
 
 
-def decode(args):
+def decode(model, against, dtype, rounds, contexts, new_tokens, plot):
     """One more token at each context, greedily, --new-tokens a turn."""
-    dtype = getattr(torch, args.dtype or "float32")
-    config, read = SHAPES[args.model], bandwidth()
-    names, result = competitors(args, "ours", "compiled"), {}
+    dtype = getattr(torch, dtype or "float32")
+    config, read = SHAPES[model], bandwidth()
+    names, result = competitors(model, against, "ours", "compiled"), {}
     print(f"read bandwidth {read / 1e9:.1f} GB/s")
     with tempfile.TemporaryDirectory() as folder:
-        write(args.model, folder)
+        write(model, folder)
         players = {name: competitor(name, folder, dtype) for name in names}
-        for context in args.contexts:
+        for context in contexts:
             ids = torch.randint(1, 50000, (1, context), generator=torch.Generator().manual_seed(0))
             for player in players.values():
-                player.stand_at(ids, args.new_tokens)
-            figures = in_turns({name: lambda p=p: statistics.median(p.write(args.new_tokens)) for name, p in players.items()},
-                               args.rounds)
+                player.fill_cache(ids, new_tokens)
+            runs = {name: lambda p=p: statistics.median(p.decode(new_tokens)) for name, p in players.items()}
+            figures = in_turns(runs, rounds)
             floor = bytes_of_a_step(config, context, dtype) / read
-            row(f"decoding at context {context}, {args.model} shape, {name_of(dtype)}", figures, names, "tokens/s",
+            row(f"decoding at context {context}, {model} shape, {name_of(dtype)}", figures, names, "tokens/s",
                 lambda x: 1 / x, lambda x: floor / x)
             result[context] = figures
-    if args.plot:
-        plot(result, names, f"{args.model} shape, {name_of(dtype)}: writing", "context, tokens", "tokens a second",
-             lambda x: 1 / x, args.plot)
+    if plot:
+        draw(result, names, f"{model} shape, {name_of(dtype)}: decoding", "context, tokens",
+             "tokens a second", lambda x: 1 / x, plot)
     return result
 
 
-def batch(args):
+def batch(model, dtype, rounds, new_tokens):
     """Tokens a second of 1, 4 and 16 rows of mixed length, left-padded, plain and compiled."""
-    dtype = getattr(torch, args.dtype or "float32")
-    result = {}
+    dtype = getattr(torch, dtype or "float32")
     with tempfile.TemporaryDirectory() as folder:
-        write(args.model, folder)
+        write(model, folder)
         players = {name: competitor(name, folder, dtype) for name in ("ours", "compiled", "transformers")}
         figures = {}
         for B in (1, 4, 16):
@@ -169,19 +141,21 @@ def batch(args):
             ids = torch.randint(1, 50000, (B, 64), generator=generator)
             mask = torch.arange(64) >= torch.randint(0, 60, (B, 1), generator=generator)
             mask[0] = True
-            runs = {name: (lambda p=p, c=(name == "compiled"): generate_seconds(p, ids, mask.long(), args.new_tokens, c))
+            runs = {name: (lambda p=p, c=(name == "compiled"):
+                           generate_seconds(p, ids, mask.long(), new_tokens, c))
                     for name, p in players.items()}
-            figures[B] = in_turns(runs, args.rounds)
-        print(f"\n{args.new_tokens} new tokens after prompts of 4 to 64, {args.model} shape, {name_of(dtype)}: tokens/s of all rows")
+            figures[B] = in_turns(runs, rounds)
+        print(f"\n{new_tokens} new tokens after prompts of 4 to 64, {model} shape, {name_of(dtype)}: "
+              "tokens/s of all rows")
         print("| rows | " + " | ".join(players) + " |\n|---|" + "---|" * len(players))
         for B, found in figures.items():
-            print(f"| {B} | " + " | ".join(f"{statistics.median(B / x for x in found[name]):.0f}" for name in players) + " |")
-        result = figures
-    return result
+            cells = (f"{statistics.median(B / x for x in found[name]):.0f}" for name in players)
+            print(f"| {B} | " + " | ".join(cells) + " |")
+    return figures
 
 
 def generate_seconds(player, ids, mask, n, compile):
-    """Seconds a token of generate(), the prompt's reading left out (its first token is timed away)."""
+    """Seconds a token of generate(), without the prefill: the time of one new token is taken off."""
     how = dict(attention_mask=mask, do_sample=False, eos_token_id=None, pad_token_id=0)
     if compile:
         how["compile"] = True
@@ -197,78 +171,67 @@ def generate_seconds(player, ids, mask, n, compile):
     return (times[1] - times[0]) / n
 
 
-MEMORY = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from generate import peak_memory
-ids = torch.randint(1, 50000, (1, 1984), generator=torch.Generator().manual_seed(0))
-{code}
-print(peak_memory(torch.device("cpu")))
-"""
-READ_AND_WRITE = {
+LOAD = {
     "ours": "from load_weights import AutoModelForCausalLM as Auto\n"
-            "Auto.from_pretrained({folder!r}, torch_dtype={dtype!r}).generate(ids, max_new_tokens=64, eos_token_id=None)",
+            "model = Auto.from_pretrained({folder!r}, torch_dtype={dtype!r})\n",
     "transformers": "from transformers import AutoModelForCausalLM as Auto\n"
-                    "Auto.from_pretrained({folder!r}, dtype={dtype!r}).generate(ids, max_new_tokens=64, eos_token_id=None, "
-                    "pad_token_id=0)",
+                    "model = Auto.from_pretrained({folder!r}, dtype={dtype!r})\n",
 }
+GENERATE = """
+ids = torch.randint(1, 50000, (1, 1984), generator=torch.Generator().manual_seed(0))
+model.generate(ids, max_new_tokens=64, eos_token_id=None, pad_token_id=0)
+"""
 
 
-def memory(args):
-    """Peak of a whole process, Python and torch included: from_pretrained, a prompt of 1984 tokens, 64 new ones."""
-    dtype = args.dtype or "float32"
+def memory(model, dtype):
+    """Peak of a whole process, Python and torch included: from_pretrained, 1984 tokens, 64 new ones."""
+    dtype = dtype or "float32"
     with tempfile.TemporaryDirectory() as folder:
-        write(args.model, folder, getattr(torch, dtype))
+        write(model, folder, getattr(torch, dtype))
         size = Path(folder, "model.safetensors").stat().st_size
 
-        def measure(name):
-            code = MEMORY.format(root=str(ROOT), code=READ_AND_WRITE[name].format(folder=folder, dtype=dtype))
-            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-            return int(done.stdout.split()[-1])
+        def measure(code):
+            return lambda: in_fresh_process(code.format(folder=folder, dtype=dtype) + GENERATE)
 
-        figures = in_turns({name: lambda name=name: measure(name) for name in READ_AND_WRITE}, 1)
-    print(f"\npeak memory, 1984 tokens read and 64 written, {args.model} shape, {dtype} ({size / 1e6:.0f} MB of weights)")
+        figures = in_turns({name: measure(code) for name, code in LOAD.items()}, 1)
+    print(f"\npeak memory, a prompt of 1984 tokens and 64 new ones, {model} shape, {dtype} "
+          f"({size / 1e6:.0f} MB of weights)")
     for name, values in figures.items():
-        print(f"  {name:14s} {statistics.median(values) / 1e6:7.0f} MB   {1 / ratio(figures, name, 'transformers'):.2f} of transformers'")
+        print(f"  {name:14s} {statistics.median(values) / 1e6:7.0f} MB   "
+              f"{1 / ratio(figures, name, 'transformers'):.2f} of transformers'")
     return figures
 
 
-def ceilings(args):
-    """The two rates that the floors are made of, and the product of one row and of 16 in each form."""
-    from fast import step as compiled
-    from fast.linear import few_rows
+def ceilings():
+    """The two speeds that the floors are made of, and the product of one row and of 16 in each form."""
     found = {"read bandwidth, GB/s": bandwidth() / 1e9}
     for dtype in (torch.float32, torch.bfloat16):
         found[f"matrix product, {name_of(dtype)}, GFLOP/s"] = matrix_rate(dtype) / 1e9
         weights = [torch.randn(3072, 768).to(dtype) for _ in range(40)]     # more than any cache holds
         for rows, title, function in ((1, "torch's linear", torch.nn.functional.linear),
                                       (1, "weight first", few_rows),
-                                      (1, "multiply and sum, compiled", torch.compile(compiled.one_row)),
+                                      (1, "multiply and sum, compiled", torch.compile(one_row)),
                                       (16, "torch's linear", torch.nn.functional.linear),
                                       (16, "weight first", few_rows)):
             x = torch.randn(rows, 768).to(dtype)
             function(x, weights[0])
             best = min(seconds(lambda: [function(x, w) for w in weights])() for _ in range(7))
-            found[f"{rows} row{'s' * (rows > 1)}, {title}, {name_of(dtype)}, GB/s"] = sum(w.nbytes for w in weights) / best / 1e9
+            what = f"{rows} row{'s' * (rows > 1)}, {title}, {name_of(dtype)}, GB/s"
+            found[what] = sum(w.nbytes for w in weights) / best / 1e9
     for name, value in found.items():
         print(f"  {name:55s} {value:7.1f}")
     return found
 
 
-COLOURS = {"ours": "#0072B2", "compiled": "#009E73", "transformers": "#D55E00", "llama.cpp": "#CC79A7"}
-
-
-def plot(result, names, title, x_label, y_label, shown, file):
+def draw(result, names, title, x_label, y_label, shown, file):
     """A line for each competitor, median with its spread."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for name in names:
         xs = list(result)
         values = [sorted(shown(x) for x in result[x_][name]) for x_ in xs]
         axes.plot(xs, [statistics.median(v) for v in values], marker="o", color=COLOURS[name], label=name)
-        axes.fill_between(xs, [v[0] for v in values], [v[-1] for v in values], color=COLOURS[name], alpha=0.15, lw=0)
+        axes.fill_between(xs, [v[0] for v in values], [v[-1] for v in values],
+                          color=COLOURS[name], alpha=0.15, lw=0)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -277,4 +240,5 @@ def plot(result, names, title, x_label, y_label, shown, file):
     print(f"wrote {file}")
 
 
-COMMANDS = {"prefill": prefill, "decode": decode, "batch": batch, "memory": memory, "ceilings": ceilings}
+COMMANDS = {"prefill": prefill, "decode": decode, "batch": batch, "memory": memory,
+            "ceilings": ceilings}

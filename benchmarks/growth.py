@@ -2,22 +2,21 @@
 
     python benchmark.py growth --rounds 3 --plot benchmarks/growth      decode.png and prefill.png
 
-Writing: tokens a second and bytes of the cache against the context; one query's attention in a local and in
-a global layer.  Reading: seconds and peak memory against the length of the prompt.  GPT-Neo's local layers
+Decoding: tokens a second and bytes of the cache against the context, and one query's attention in a local and
+in a global layer.  Prefill: seconds and peak memory against the length of the prompt.  GPT-Neo's local layers
 keep a window of 256 tokens, so half of its cache and of its attention stops growing there.
 """
 
 import statistics
-import subprocess
-import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
 from attention import KVCache, attention
+from benchmarks.common import COLOURS, in_fresh_process, in_turns, name_of, pyplot, ratio, seconds
 from benchmarks.competitors import competitor
-from benchmarks.generation import COLOURS, ROOT, in_turns, name_of, ratio, seconds
-from benchmarks.shapes import SHAPES, write
+from benchmarks.shapes import write
 
 MODELS = {"gpt-neo-125m": "-", "pythia-160m": "--"}        # and their lines in the plots
 CONTEXTS = (16, 64, 128, 256, 384, 512, 1024, 1536, 2000)
@@ -25,23 +24,23 @@ LENGTHS = (128, 256, 512, 1024, 2048)
 NAMES = ("compiled", "ours", "transformers")
 
 
-def run(args):
-    dtype = getattr(torch, args.dtype or "float32")
+def run(dtype, rounds, new_tokens, plot):
+    dtype = getattr(torch, dtype or "float32")
     found = {"decode": {}, "cache": {}, "prefill": {}, "memory": {}}
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             write(model, folder, dtype)
             players = {name: competitor(name, folder, dtype) for name in NAMES}
-            found["decode"][model] = {n: writing(players, n, args) for n in CONTEXTS}
+            found["decode"][model] = {n: decoding(players, n, new_tokens, rounds) for n in CONTEXTS}
             found["cache"][model] = {n: cache_bytes(players, n, dtype) for n in CONTEXTS}
-            found["prefill"][model] = {T: reading(players, T, args) for T in LENGTHS}
+            found["prefill"][model] = {T: prefill(players, T, rounds) for T in LENGTHS}
             del players
-            found["memory"][model] = {T: {name: peak(name, folder, dtype, T) for name in ("ours", "transformers")}
+            found["memory"][model] = {T: {name: peak(name, folder, dtype, T) for name in NAMES[1:]}
                                       for T in LENGTHS}
-    found["layer"] = {n: one_query(n, dtype, args) for n in CONTEXTS}
+    found["layer"] = {n: one_query(n, dtype, rounds) for n in CONTEXTS}
     report(found, name_of(dtype))
-    if args.plot:
-        plots(found, name_of(dtype), args.plot)
+    if plot:
+        draw(found, name_of(dtype), plot)
     return found
 
 
@@ -49,86 +48,83 @@ def prompt(T):
     return torch.randint(1, 50000, (1, T), generator=torch.Generator().manual_seed(0))
 
 
-def writing(players, context, args):
+def decoding(players, context, new_tokens, rounds):
     """Seconds a token at this context, by turns."""
     for player in players.values():
-        player.stand_at(prompt(context), args.new_tokens)
-    return in_turns({name: lambda p=p: statistics.median(p.write(args.new_tokens)) for name, p in players.items()},
-                    args.rounds)
+        player.fill_cache(prompt(context), new_tokens)
+    runs = {name: lambda p=p: statistics.median(p.decode(new_tokens)) for name, p in players.items()}
+    return in_turns(runs, rounds)
 
 
 def cache_bytes(players, context, dtype):
-    """Bytes of keys and values after so many tokens: of a cache that has just room for them, and theirs."""
-    players["transformers"].stand_at(prompt(context), 0)
-    theirs = sum(x.nbytes for layer in players["transformers"].cache.layers for x in (layer.keys, layer.values))
+    """Bytes of keys and values after so many tokens: of a cache with just enough room, and of theirs."""
+    players["transformers"].fill_cache(prompt(context), 0)
+    layers = players["transformers"].cache.layers
+    theirs = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
     return {"ours": KVCache(players["ours"].model.config, 1, context, dtype).nbytes, "transformers": theirs}
 
 
-def reading(players, T, args):
+def prefill(players, T, rounds):
     """Seconds of a prompt; compiling changes nothing there."""
-    return in_turns({name: seconds(lambda p=players[name]: p.prefill(prompt(T))) for name in NAMES[1:]}, args.rounds)
+    runs = {name: seconds(lambda p=players[name]: p.prefill(prompt(T))) for name in NAMES[1:]}
+    return in_turns(runs, rounds)
 
 
-PEAK = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from generate import peak_memory
+PREFILL = """
 from benchmarks.competitors import competitor
-player = competitor({name!r}, {folder!r}, torch.{dtype})
-player.prefill(torch.randint(1, 50000, (1, {T}), generator=torch.Generator().manual_seed(0)))
-print(peak_memory(torch.device("cpu")))
+from benchmarks.growth import prompt
+competitor({name!r}, {folder!r}, torch.{dtype}).prefill(prompt({T}))
 """
 
 
 def peak(name, folder, dtype, T):
-    """Peak bytes of a process that loads the model and reads a prompt."""
-    code = PEAK.format(root=str(ROOT), name=name, folder=folder, dtype=name_of(dtype), T=T)
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])
+    """Peak bytes of a process that loads the model and prefills a prompt."""
+    return in_fresh_process(PREFILL.format(name=name, folder=folder, dtype=name_of(dtype), T=T))
 
 
-def one_query(context, dtype, args, heads=12, width=64, window=256):
+def one_query(context, dtype, rounds, heads=12, width=64, window=256):
     """Seconds of one query's attention over the cache of a global and of a local layer."""
     q = torch.randn(1, heads, 1, width).to(dtype)
     caches = {kind: torch.randn(1, heads, n, width).to(dtype) for kind, n in
               (("global", context), ("local", min(window, context)))}
-    runs = {kind: seconds(lambda k=k: [attention(q, k, k, scale=1.0) for _ in range(50)]) for kind, k in caches.items()}
-    return {kind: [x / 50 for x in values] for kind, values in in_turns(runs, max(args.rounds, 5)).items()}
+    runs = {kind: seconds(lambda k=k: [attention(q, k, k, scale=1.0) for _ in range(50)])
+            for kind, k in caches.items()}
+    return {kind: [x / 50 for x in values] for kind, values in in_turns(runs, max(rounds, 5)).items()}
 
 
 def report(found, dtype):
     """The same as tables."""
     middle = statistics.median
     for model in MODELS:
-        print(f"\nwriting, {model} shape, {dtype}\n| context | " + " | ".join(f"{name}, ms a token" for name in NAMES)
+        print(f"\ndecoding, {model} shape, {dtype}\n| context | " + " | ".join(f"{name}, ms a token" for name in NAMES)
               + " | times as fast, compiled / plain | cache, MB, ours / theirs |\n|---|" + "---|" * (len(NAMES) + 2))
         for n, figures in found["decode"][model].items():
             cache = found["cache"][model][n]
             print(f"| {n} | " + " | ".join(f"{1e3 * middle(figures[name]):.1f}" for name in NAMES)
                   + f" | {ratio(figures, 'compiled', 'transformers'):.2f} / {ratio(figures, 'ours', 'transformers'):.2f}"
                   f" | {cache['ours'] / 1e6:.1f} / {cache['transformers'] / 1e6:.1f} |")
-        print(f"\nreading, {model} shape, {dtype}\n| tokens | ours, s | transformers, s | times as fast | peak, MB, ours / theirs |"
+        print(f"\nprefill, {model} shape, {dtype}\n| tokens | ours, s | transformers, s | times as fast "
+              "| peak, MB, ours / theirs |"
               "\n|---|---|---|---|---|")
         for T, figures in found["prefill"][model].items():
             peaks = found["memory"][model][T]
             print(f"| {T} | {middle(figures['ours']):.3f} | {middle(figures['transformers']):.3f} | "
-                  f"{ratio(figures, 'ours', 'transformers'):.2f} | {peaks['ours'] / 1e6:.0f} / {peaks['transformers'] / 1e6:.0f} |")
-    print(f"\none query's attention, 12 heads 64 wide, {dtype}\n| context | global layer, µs | local layer, µs |\n|---|---|---|")
+                  f"{ratio(figures, 'ours', 'transformers'):.2f} | "
+                  f"{peaks['ours'] / 1e6:.0f} / {peaks['transformers'] / 1e6:.0f} |")
+    print(f"\none query's attention, 12 heads 64 wide, {dtype}\n"
+          "| context | global layer, µs | local layer, µs |\n|---|---|---|")
     for n, figures in found["layer"].items():
         print(f"| {n} | {1e6 * middle(figures['global']):.0f} | {1e6 * middle(figures['local']):.0f} |")
 
 
-def plots(found, dtype, prefix):
+def draw(found, dtype, prefix):
     """prefix/decode.png and prefix/prefill.png: speed on the left, memory on the right."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from pathlib import Path
+    plt = pyplot()
     Path(prefix).mkdir(parents=True, exist_ok=True)
     middle = statistics.median
-    pages = {"decode": ("writing", "context, tokens", "tokens a second", lambda x: 1 / middle(x), "cache",
+    pages = {"decode": ("decoding", "context, tokens", "tokens a second", lambda x: 1 / middle(x), "cache",
                         "keys and values, MB"),
-             "prefill": ("reading", "prompt, tokens", "seconds", middle, "memory", "peak memory of the process, MB")}
+             "prefill": ("prefill", "prompt, tokens", "seconds", middle, "memory", "peak memory of the process, MB")}
     for page, (doing, x_label, y_label, shown, bytes_of, bytes_label) in pages.items():
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         for model, line in MODELS.items():
@@ -141,7 +137,7 @@ def plots(found, dtype, prefix):
         for axes, label in ((left, y_label), (right, bytes_label)):
             axes.set(xlabel=x_label, ylabel=label, ylim=(0, None))
             axes.grid(alpha=0.3)
-        figure.suptitle(f"{doing}, {dtype}, two CPU threads")
+        figure.suptitle(f"{doing}, {dtype}, {torch.get_num_threads()} CPU threads")
         handles = {h.get_label(): h for axes in (left, right) for h in axes.get_lines()}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(f"{prefix}/{page}.png", dpi=110)

@@ -164,7 +164,7 @@ def show_computed(T, window, heads, D):
             print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def run(args):
+def run():
     """Both tables.  Exits with status 1 if a kernel spills, does not fit, or leaves the tensor cores idle."""
     if A.triton is None or A.INTERPRETED:
         raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and TRITON_INTERPRET not set to 1")

@@ -80,11 +80,11 @@ class LlamaCpp:
         self.llama.reset()
         self.llama.eval(ids[0].tolist())
 
-    def stand_at(self, ids, room):
+    def fill_cache(self, ids, room):
         self.prefill(ids)
         self.context = ids.size(1)
 
-    def write(self, n):
+    def decode(self, n):
         times = []
         for i in range(n):
             start = time.perf_counter()

@@ -2,19 +2,17 @@
 
     python benchmark.py train --rounds 3                       2 texts of 1024 tokens
 
-Time by turns in one process; peak memory of a process of its own each, weights, gradients and the optimizer's
-two moments included.
+Times are taken by turns in one process.  Each peak of memory is that of a process of its own, with weights,
+gradients and the optimizer's two moments.
 """
 
 import statistics
-import subprocess
-import sys
 import tempfile
 
 import torch
 
+from benchmarks.common import in_fresh_process, in_turns, name_of, ratio, seconds
 from benchmarks.competitors import competitor
-from benchmarks.generation import ROOT, in_turns, name_of, ratio, seconds
 from benchmarks.shapes import write
 
 B, T = 2, 1024
@@ -37,34 +35,26 @@ def trainer(name, folder, dtype):
     return step
 
 
-PEAK = """
-import sys, torch
-sys.path.insert(0, {root!r})
+STEPS = """
 from benchmarks.training import trainer
-from generate import peak_memory
 step = trainer({name!r}, {folder!r}, torch.{dtype})
 step(), step()
-print(peak_memory(torch.device("cpu")))
 """
 
 
-def peak(name, folder, dtype):
-    code = PEAK.format(root=str(ROOT), name=name, folder=folder, dtype=name_of(dtype))
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])
-
-
-def run(args):
-    dtype = getattr(torch, args.dtype or "float32")
+def run(model, dtype, rounds):
+    dtype = getattr(torch, dtype or "float32")
     with tempfile.TemporaryDirectory() as folder:
-        write(args.model, folder, dtype)
-        peaks = {name: peak(name, folder, dtype) for name in NAMES}
+        write(model, folder, dtype)
+        peaks = {name: in_fresh_process(STEPS.format(name=name, folder=folder, dtype=name_of(dtype)))
+                 for name in NAMES}
         steps = {name: trainer(name, folder, dtype) for name in NAMES}
-        times = in_turns({name: seconds(step) for name, step in steps.items()}, args.rounds)
-    print(f"\na training step of {B} × {T} tokens, {args.model} shape, {name_of(dtype)}")
+        times = in_turns({name: seconds(step) for name, step in steps.items()}, rounds)
+    print(f"\na training step of {B} × {T} tokens, {model} shape, {name_of(dtype)}")
     for name in NAMES:
         spread = f"({min(times[name]):.2f} to {max(times[name]):.2f})"
-        print(f"  {name:14s} {statistics.median(times[name]):6.2f} s {spread}   peak {peaks[name] / 1e6:6.0f} MB")
+        print(f"  {name:14s} {statistics.median(times[name]):6.2f} s {spread}   "
+              f"peak {peaks[name] / 1e6:6.0f} MB")
     print(f"  {ratio(times, 'ours', 'transformers'):.2f} times as fast, "
           f"{peaks['ours'] / peaks['transformers']:.2f} of the peak memory")
     return {"seconds": times, "peak bytes": peaks}

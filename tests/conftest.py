@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["TRITON_INTERPRET"] = "1"                       # both are read when the packages are imported
+os.environ.setdefault("TRITON_INTERPRET", "1")             # both are read when the packages are imported
 os.environ["FLASH_ATTENTION_TRITON_AMD_ENABLE"] = "TRUE"   # flash-attn without CUDA: its own Triton backend
 
 import torch  # noqa: E402

@@ -1,7 +1,9 @@
 """The benchmarks run, and what they say of the kernels holds."""
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 
 import attention
-from benchmarks import kernels
+import benchmark
+from benchmarks import gpu, kernels
 from conftest import ROOT
 from test_triton import touched
 
@@ -77,7 +80,6 @@ def test_attention_is_timed_and_checked(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Two shapes small enough to time in a test; returns a function that runs a command and gives its JSON."""
-    import benchmark
     from benchmarks import growth
     from benchmarks.shapes import SHAPES
     from neo import GPTNeoConfig
@@ -92,8 +94,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "LENGTHS", (20, 300))
 
     def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--json", str(tmp_path / "found.json")])
-        benchmark.main()
+        benchmark.main([*arguments, "--json", str(tmp_path / "found.json")])
         return json.loads((tmp_path / "found.json").read_text())[arguments[0]]
 
     return command
@@ -135,3 +136,126 @@ def test_memory_training_and_growth(tiny, capsys, tmp_path):
 def test_ceilings(tiny, capsys):
     found = tiny("ceilings")
     assert all(value > 0 for value in found.values()) and "weight first" in capsys.readouterr().out
+
+
+# benchmark.py gpu, as far as it can be tried without a GPU
+
+def few(part, every):
+    """A part of the command that takes one case in so many, without the interpreter, which is slow."""
+    name, cases, function, share = part
+    return name, lambda sizes: [x for x in cases(sizes) if "triton" not in x][::every], function, share
+
+
+def gpu_on_cpu(folder):
+    """Run the command's code at small sizes on the CPU; returns the report."""
+    benchmark.main(["gpu", "--device", "cpu", "--out", str(folder)])
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_the_gpu_command_works_at_small_sizes(monkeypatch, tmp_path):
+    """A few cases of each part, and what is written about them."""
+    pytest.importorskip("matplotlib")
+    every = dict(backends=4, models=4, generation=99, compiled=99, training=9, timings=1, flex=99)
+    monkeypatch.setattr(gpu, "PARTS", [few(part, every[part[0]]) for part in gpu.PARTS])
+    report = gpu_on_cpu(tmp_path)
+    assert [part["name"] for part in report["parts"]] == ["backends", "models", "generation", "training", "timings"]
+    assert all(part["rows"] and part["left_out"] == [] for part in report["parts"])
+    page = (tmp_path / "gpu.md").read_text()
+    assert "## global layer, forward and backward: milliseconds (share of the bandwidth" in page
+    assert "* models, 2 cases: flash: it needs a GPU" in page and "Plot: the plot is gpu.png." in page
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_whole_gpu_command_at_small_sizes(tmp_path):
+    report = gpu_on_cpu(tmp_path)
+    assert all(x["right"] for part in report["parts"] for x in part["rows"])
+    assert {x["reason"].split()[0] for part in report["parts"] for x in part["cannot_run"]} <= {
+        "flash:", "flex:", "triton:"}                      # the last: not timed in the interpreter
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["gpu", "--out", str(tmp_path / "new")])
+    assert end.value.code == 2 and not (tmp_path / "new").exists()
+    assert capsys.readouterr().err == "benchmark.py gpu: error: torch finds no CUDA GPU on this machine\n"
+
+
+def test_what_is_wrong_fails_the_gpu_command(monkeypatch, tmp_path):
+    """A backend that errs, one that raises, one that is missing, and one that the time does not reach."""
+    def check(case, device, sizes):
+        if case == "broken":
+            raise RuntimeError("illegal memory access")
+        if case == "missing":
+            raise gpu.CannotRun("no such package")
+        return [gpu.row(case, float("nan") if case == "nan" else 3.0, 2.0)]
+
+    part = gpu.run_part("p", lambda sizes: ["large", "nan", "broken", "missing"], check, "cpu", gpu.SMALL, float("inf"))
+    assert [x["right"] for x in part["rows"]] == [False, False, False]
+    assert part["cannot_run"] == [dict(case="missing", reason="no such package")]
+    late = gpu.run_part("p", lambda sizes: ["large"], check, "cpu", gpu.SMALL, 0.0)
+    assert late["rows"] == [] and late["left_out"] == ["large"]
+    monkeypatch.setattr(gpu, "PARTS", [("p", lambda sizes: ["large", "missing"], check, 1.0)])
+    with pytest.raises(SystemExit, match="1 of the results are wrong"):
+        gpu_on_cpu(tmp_path)
+    assert "large: 3, limit 2" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["sdpa", pytest.param("triton", marks=pytest.mark.slow)])
+def test_the_gpu_checks_notice_a_wrong_backend(monkeypatch, name):
+    """A window that is forgotten, in each check that looks at numbers."""
+    right = attention.BACKENDS[name]
+
+    def wrong(q, k, v, *, window=None, **how):
+        return right(q, k, v, **how)
+
+    monkeypatch.setitem(attention.BACKENDS, name, wrong)
+    for cached in (gpu.errors, gpu.model_errors):
+        cached.cache_clear()
+    rows = (gpu.check_backend((16, torch.float32, False, name), "cpu", gpu.SMALL)
+            + gpu.check_model(("neo", name, torch.float32), "cpu", gpu.SMALL)
+            + gpu.check_generation(("neo", name, torch.float32, False), "cpu", gpu.SMALL))
+    for cached in (gpu.errors, gpu.model_errors):
+        cached.cache_clear()
+    assert not any(x["right"] for x in rows), rows
+
+
+ALONE = """
+import sys
+sys.path[:0] = [{packages!r}, {root!r}]
+sys.argv = ["benchmark.py", "gpu", "--device", "cpu", "--out", {out!r}, "--minutes", "0"]
+import benchmark
+benchmark.main()
+from benchmarks import gpu
+assert gpu.check_generation(("neo", "sdpa", benchmark.torch.float32, False), "cpu", gpu.SMALL)[0]["right"]
+try:
+    gpu.check_training("bfloat16", "cpu", gpu.SMALL)
+except gpu.CannotRun as reason:
+    print(reason)
+"""
+
+
+def test_the_gpu_command_needs_torch_alone(tmp_path):
+    """In a Python that sees torch, its own requirements and nothing else."""
+    packages, seen, wanted = tmp_path / "packages", set(), ["torch"]
+    packages.mkdir()
+    while wanted:
+        if (name := wanted.pop()) in seen:
+            continue
+        seen.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:    # for another system or Python
+            continue
+        wanted += [re.match(r"[\w.-]+", line)[0] for line in distribution.requires or [] if "extra ==" not in line]
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            (packages / top).symlink_to(distribution.locate_file(top))
+    assert not any((packages / name).exists() for name in ("numpy", "tqdm", "tiktoken", "safetensors", "matplotlib"))
+    code = ALONE.format(packages=str(packages), root=str(ROOT), out=str(tmp_path / "out"))
+    out = run("-I", "-S", "-c", code)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.endswith("train.py: the package safetensors is missing\n")
+    page = (tmp_path / "out" / "gpu.md").read_text()
+    assert "Missing packages: tqdm, tiktoken, safetensors." in page
+    assert "no plot was drawn, because matplotlib is missing" in page

@@ -1,0 +1,72 @@
+"""What every benchmark needs: a clock, turns, a process of its own, colours and a picture."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Colours that everyone can tell apart (Okabe and Ito), each with one meaning in all pictures.
+COLOURS = {"ours": "#0072B2", "compiled": "#009E73", "transformers": "#D55E00", "llama.cpp": "#CC79A7",
+           "naive": "#0072B2", "sdpa": "#E69F00", "triton": "#009E73", "flash": "#D55E00", "flex": "#CC79A7"}
+
+
+def name_of(dtype):
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def seconds(function):
+    """A function that runs `function` and returns how many seconds it took."""
+    def run():
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    return run
+
+
+def in_turns(runs, rounds):
+    """{name: function that measures} -> {name: its figures}, everyone once in each round."""
+    figures = {name: [] for name in runs}
+    for i in range(rounds + 1):                            # the first round warms up
+        for name, run in runs.items():
+            figure = run()
+            if i:
+                figures[name].append(figure)
+    return figures
+
+
+def ratio(figures, name, base):
+    """How many times as fast `name` is as `base`, taken turn by turn: the median."""
+    return statistics.median(b / a for a, b in zip(figures[name], figures[base]))
+
+
+FRESH_PROCESS = """
+import json, sys, time, torch
+sys.path.insert(0, {root!r})
+from generate import peak_memory
+def peak():
+    return peak_memory(torch.device("cpu"))
+{code}
+print(json.dumps({result}))
+"""
+
+
+def in_fresh_process(code, result="peak()"):
+    """Run code in a Python process of its own; returns the value there of `result`, by default the peak of
+    its memory in bytes.  A peak cannot be taken back, so each measurement needs a process that did nothing else.
+    """
+    script = FRESH_PROCESS.format(root=str(ROOT), code=code, result=result)
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def pyplot():
+    """matplotlib.pyplot, set to draw into files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot

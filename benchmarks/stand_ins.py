@@ -1,0 +1,74 @@
+"""What takes the place of a missing package, so that `benchmark.py gpu` needs torch and triton alone.
+
+Machines with a GPU are often borrowed, without a network and without pip.  The checks there look at the
+models and not at texts or files, so each package that the project imports at the top of a module may be
+missing:
+
+    tqdm           no progress bar is shown
+    tiktoken       every byte of a text becomes a token of its own: right ids, in more tokens than needed
+    safetensors    no checkpoint can be read or written, so the check of train.py says that it cannot run
+"""
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+
+class NoBar:
+    """tqdm's interface as far as this project uses it, without a bar."""
+
+    def __init__(self, iterable=(), **options):
+        self.iterable = iterable
+
+    def __iter__(self):
+        return iter(self.iterable)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def ignore(self, *arguments, **options):
+        pass
+
+    update = set_postfix_str = write = close = ignore
+
+
+class Bytes:
+    """tiktoken.Encoding that joins nothing: one id for each byte."""
+
+    def __init__(self, name, *, mergeable_ranks, **options):
+        self.ranks = mergeable_ranks
+
+    def encode_ordinary(self, text):
+        return [self.ranks[bytes([byte])] for byte in text.encode("utf-8", errors="replace")]
+
+
+def missing(package):
+    """A function that raises ImportError with the package's name when it is called."""
+    def function(*arguments, **options):
+        raise ImportError(f"the package {package} is missing")
+    return function
+
+
+CONTENTS = {
+    "tqdm": dict(tqdm=NoBar),
+    "tiktoken": dict(Encoding=Bytes),
+    "safetensors": dict(SafetensorError=type("SafetensorError", (Exception,), {}),
+                        safe_open=missing("safetensors")),
+    "safetensors.torch": dict(save_file=missing("safetensors"), load_file=missing("safetensors")),
+}
+
+
+def install():
+    """Put a stand-in in the place of each package that is missing; returns the missing packages' names."""
+    gone = [name for name in CONTENTS if "." not in name and name not in sys.modules
+            and importlib.util.find_spec(name) is None]
+    for name, contents in CONTENTS.items():
+        if name.split(".")[0] in gone:
+            sys.modules[name] = module = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)   # torch.compile looks at it
+            vars(module).update(contents)
+    return gone
