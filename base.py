@@ -305,7 +305,9 @@ class PreTrainedModel(nn.Module):
 
         torch_dtype (or dtype, its newer name): a torch dtype or its name; None is float32 and
         "auto" the checkpoint's own.  attn_implementation: see attention.choose_backend.
-        changes: fields of the config to set, as num_labels=3 or pad_token_id=0.
+        changes: fields of the config to set, as num_labels=3 or pad_token_id=0.  The reference's cache_dir,
+        local_files_only, token and use_safetensors mean the same here; its others are taken at their usual
+        values (load_weights.LOADING) and refused by name otherwise.
         Returns the model in eval mode; a task head that the checkpoint does not have is drawn afresh,
         with a warning that names its weights.  Raises OSError for files that are missing or cannot be
         had, ValueError for files that are broken or belong to another model.

@@ -12,7 +12,9 @@ weight costs memory when it is first used.
 
 import contextlib
 import json
+import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -24,7 +26,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from files import error_line, fetch, plain, read_json, write_files
+from files import error_line, fetch, plain, read_json, shown, write_files
 
 # '#' stands for the layer number, '*' for weight or bias.  None: known, and ignored on purpose.
 # The left side is what lies on EleutherAI's hub pages; a name without a rule is an error.
@@ -66,6 +68,7 @@ GPT_NEOX = {
     "gpt_neox.layers.#.attention.rotary_emb.inv_freq": None,   # rounded in some files: recomputed
 }
 NAMES = {"gpt_neo": GPT_NEO, "gpt_neox": GPT_NEOX}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)      # what weights may be
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
@@ -109,43 +112,50 @@ def official_names(state, table):
 # Files
 # ------------------------------------------------------------------------------------------------
 
-def read_config(name_or_folder, revision=None):
+def read_config(name_or_folder, revision=None, **hub):
     """config.json as a dict, of a family that is known here."""
-    path = fetch(name_or_folder, "config.json", revision)
+    path = fetch(name_or_folder, "config.json", revision, **hub)
     raw = read_json(path)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in NAMES:
-        raise ValueError(f"{path}: config field 'model_type' is {family!r}; "
+        raise ValueError(f"{path}: config field 'model_type' is {shown(family)}; "
                          f"supported: {', '.join(NAMES)}")
     return raw
 
 
-def weight_files(name_or_folder, revision=None):
-    """Paths of all files that hold weights: safetensors before .bin, one file before shards."""
-    for filename in WEIGHT_FILES:
-        path = fetch(name_or_folder, filename, revision, required=False)
+def weight_files(name_or_folder, revision=None, use_safetensors=None, **hub):
+    """Paths of all files that hold weights: safetensors before .bin, one file before shards.
+
+    use_safetensors: True looks for these alone, False for .bin alone.
+    """
+    looked_for = [name for name in WEIGHT_FILES
+                  if use_safetensors is None or ("safetensors" in name) == use_safetensors]
+    for filename in looked_for:
+        path = fetch(name_or_folder, filename, revision, required=False, **hub)
         if path is not None and filename.endswith(".index.json"):
-            return shards(path, name_or_folder, revision)
+            return shards(path, name_or_folder, revision, hub)
         if path is not None:
             return [path]
     where = "" if Path(name_or_folder).is_dir() else " on the hub (or in its cache, if it is out of reach)"
-    raise FileNotFoundError(f"no weights in {name_or_folder}{where}: "
-                            f"looked for {', '.join(WEIGHT_FILES)}")
+    raise FileNotFoundError(f"no weights in {name_or_folder}{where}: looked for {', '.join(looked_for)}")
 
 
-def shards(index, name_or_folder, revision):
+def shards(index, name_or_folder, revision, hub):
     """Paths of the files that an index names, all of them beside it."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    if (not isinstance(weight_map, dict) or not weight_map
+            or not all(isinstance(f, str) for f in weight_map.values())):
         raise ValueError(f"{index} has no 'weight_map' of tensor names to file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or name in ("", ".."):
-            raise ValueError(f"{index} names a shard outside its folder: {name!r}")
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
+            raise ValueError(f"{index} names a shard outside its folder: {shown(name)}")
+        if Path(name).suffix not in (".safetensors", ".bin"):
+            raise ValueError(f"{index} names a shard that is neither .safetensors nor .bin: {shown(name)}")
     try:
-        return [fetch(name_or_folder, name, revision) for name in names]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{index} names a shard that is missing: {error}") from None
+        return [fetch(name_or_folder, name, revision, **hub) for name in names]
+    except OSError as error:                               # a name that is too long is another kind
+        raise FileNotFoundError(f"{index} names a shard that is missing: {error_line(error)}") from None
 
 
 def read_tensors(path):
@@ -153,6 +163,7 @@ def read_tensors(path):
     if Path(path).suffix != ".safetensors":
         yield from read_bin(path).items()
         return
+    name = None
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
@@ -160,22 +171,84 @@ def read_tensors(path):
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error_line(error)}): "
                          "get it again") from None
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:   # a dtype that torch lacks
+        raise ValueError(f"{path}: tensor {plain(name)} cannot be read ({error_line(error)})") from None
+
+
+LARGEST_PICKLE = 2**20                                     # bytes; GPT-NeoX-20B's 660 tensors take an eighth
+MOST_STEPS = 300_000                                       # of a pickle; a tensor takes about 30
 
 
 def read_bin(path):
-    """The dict of tensors in a file of torch.save, without running code that is in it."""
-    try:                                                   # before torch 1.6 no zip, so not to be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    """The dict of tensors in a file of torch.save, without running code that is in it.
+
+    Raises ValueError, naming the file, for one that is damaged, that holds anything but plain tensors, or
+    that would take much more time or memory than its weights.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)                  # before torch 1.6 no zip, so not to be mapped
+        check_size(path, zipped)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} was refused: it holds something other than tensors, which could run "
                          "code when loaded, or it is damaged") from None
+    except OversizeError as error:
+        raise ValueError(f"{path} was refused: {error}") from None
     except Exception as error:                             # a broken pickle can raise anything
         raise ValueError(f"{path} is not a whole .bin file ({error_line(error)}): "
                          "get it again") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(t)
                                               for k, t in state.items()):
         raise ValueError(f"{path} must hold a dict of tensors")
-    return state
+    for name, tensor in state.items():
+        if problem := oddity(tensor):
+            raise ValueError(f"{path}: tensor {plain(name)} is {problem}; supported are plain tensors")
+    return {name: tensor.detach().resolve_neg() for name, tensor in state.items()}
+
+
+class OversizeError(Exception):
+    """A .bin file whose list of tensors is not that of a model."""
+
+
+def check_size(path, zipped):
+    """Raise OversizeError before unpickling what no model needs: torch.save never compresses, and the
+    list of a model's tensors is short."""
+    if not zipped:
+        with open(path, "rb") as file:                     # four pickles, of which the last is the list
+            for _ in range(4):
+                for step, (opcode, _, _) in enumerate(pickletools.genops(file)):
+                    if step > MOST_STEPS:
+                        raise OversizeError("it names more tensors than any model has")
+        return
+    with open(path, "rb") as file:                         # the end of a zip says how long its list is
+        file.seek(max(0, os.path.getsize(path) - 2**16))
+        tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if 0 <= end and LARGEST_PICKLE < int.from_bytes(tail[end + 12:end + 16], "little") < 2**32 - 1:
+        raise OversizeError("it holds more entries than any model has tensors")
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise OversizeError("it is compressed, which torch.save never does")
+            if entry.filename.endswith(".pkl") and entry.file_size > LARGEST_PICKLE:
+                raise OversizeError("it names more tensors than any model has")
+
+
+def oddity(tensor):
+    """What makes a tensor of a .bin file no plain array of numbers, or None."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return f"sparse ({tensor.layout})"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.is_meta:
+        return "on the meta device, which has no numbers"
+    if tensor.is_complex():
+        return "complex"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -183,9 +256,15 @@ def read_bin(path):
 # ------------------------------------------------------------------------------------------------
 
 def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None, device=None,
-                    attn_implementation="auto", changes=None):
-    """What every model's from_pretrained does; see base.PreTrainedModel."""
-    raw = with_changes(read_config(name_or_folder, revision), changes or {}, cls)
+                    attn_implementation="auto", raw=None, changes=None):
+    """What every model's from_pretrained does; see base.PreTrainedModel.
+
+    raw: the contents of config.json where they have been read.  changes: the reference's other arguments
+    (LOADING) and fields of the config to set.
+    """
+    changes = dict(changes or {})
+    hub, use_safetensors, device = loading_options(changes, device)
+    raw = with_changes(read_config(name_or_folder, revision, **hub) if raw is None else raw, changes, cls)
     family = cls.config_class.model_type
     if raw["model_type"] != family:
         raise ValueError(f"{name_or_folder} is a {raw['model_type']} checkpoint, {cls.__name__} loads "
@@ -195,17 +274,78 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     except ValueError as error:
         raise ValueError(f"{name_or_folder}: {error}") from None
     dtype = choose_dtype(torch_dtype, dtype, raw)
-    generation_config, where = read_generation_config(name_or_folder, revision, raw, cls)
+    generation_config, where = read_generation_config(name_or_folder, revision, raw, cls, hub)
     with torch.device("meta"), NoInit():
         model = cls(config, attn_implementation)
 
-    state = read_state(name_or_folder, revision, model, NAMES[family], dtype, device)
+    paths = weight_files(name_or_folder, revision, use_safetensors, **hub)
+    state = read_state(name_or_folder, paths, model, NAMES[family], dtype, device)
     model.load_state_dict(state, strict=True, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     model.generation_config.update(generation_config)
     vars(model.generation_config)["file"] = where
     return model.eval()
+
+
+HUB = ("cache_dir", "local_files_only", "token")            # for huggingface_hub; nothing for a folder
+# The reference's arguments that change nothing here, with the values that mean "as usual".
+LOADING = {
+    "low_cpu_mem_usage": (None, True, False), "trust_remote_code": (None, False), "subfolder": (None, ""),
+    "force_download": (None, False), "resume_download": (None, True, False), "proxies": (None,),
+    "use_auth_token": (None,), "max_memory": (None,), "offload_folder": (None,),
+    "offload_state_dict": (None, False), "offload_buffers": (None, False), "quantization_config": (None,),
+    "load_in_8bit": (None, False), "load_in_4bit": (None, False), "ignore_mismatched_sizes": (None, False),
+    "output_loading_info": (None, False), "from_tf": (None, False), "from_flax": (None, False),
+    "variant": (None,), "state_dict": (None,), "config": (None,), "adapter_kwargs": (None,),
+    "tp_plan": (None,), "tp_size": (None,), "device_mesh": (None,), "use_kernels": (None, False),
+    "weights_only": (None, True), "key_mapping": (None,), "mirror": (None,), "use_cache": (None, True, False),
+    "return_dict": (None, True), "output_hidden_states": (None, False), "output_attentions": (None, False),
+    "code_revision": (None, "main"), "gguf_file": (None,), "use_flash_attention_2": (None, False),
+}
+REASONS = {"trust_remote_code": "code of a checkpoint is never run here",
+           "load_in_8bit": "quantized loading is not done", "load_in_4bit": "quantized loading is not done",
+           "quantization_config": "quantized loading is not done", "subfolder": "give the folder itself",
+           "output_hidden_states": "ask for them in the call", "output_attentions": "ask for them in the call",
+           "use_flash_attention_2": "attn_implementation='flash' asks for it"}
+
+
+def loading_options(changes, device):
+    """Take the reference's arguments out of `changes`.  -> (those for the hub, use_safetensors, device)
+
+    Raises ValueError, with the name, for one that asks for something that is not done here.
+    """
+    hub = {name: changes.pop(name) for name in HUB if name in changes}
+    use_safetensors = changes.pop("use_safetensors", None)
+    if use_safetensors not in (None, True, False):
+        raise ValueError(f"use_safetensors must be True, False or None, got {shown(use_safetensors)}")
+    for name, usual in LOADING.items():
+        value = changes.pop(name, None)
+        if not any(value is one or (value == one and type(value) is type(one)) for one in usual):
+            reason = REASONS.get(name, "only its usual values are taken")
+            raise ValueError(f"from_pretrained({name}={shown(value)}) is not supported: {reason}")
+    mapped = device_of_map(changes.pop("device_map", None))
+    if None not in (mapped, device) and torch.device(mapped) != torch.device(device):
+        raise ValueError(f"device_map={mapped} and device={device} contradict each other: give one")
+    return hub, use_safetensors, mapped if device is None else device
+
+
+def device_of_map(device_map):
+    """The one device that a device_map names, or None for none; a model is not split here."""
+    if isinstance(device_map, dict) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if device_map == "auto":
+        if torch.cuda.device_count() > 1:
+            raise ValueError("device_map='auto' would split the model over several GPUs, which is not "
+                             "supported: give device='cuda:0'")
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device_map is None or isinstance(device_map, torch.device):
+        return device_map
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device_map={shown(device_map)} is not supported: give one device, or 'auto' "
+                         "where there is only one") from None
 
 
 def with_changes(raw, changes, cls):
@@ -222,13 +362,13 @@ def with_changes(raw, changes, cls):
     return {name: value for name, value in raw.items() if name not in stale} | changes
 
 
-def read_generation_config(name_or_folder, revision, raw, cls):
+def read_generation_config(name_or_folder, revision, raw, cls, hub):
     """A checkpoint's settings for generate, and the file that they stand in, for error messages.
 
     As in transformers, generation_config.json counts alone where there is one, so that without an
     eos_token_id in it text does not end.  Else they may stand in config.json (raw), as before 2023.
     """
-    path = fetch(name_or_folder, "generation_config.json", revision, required=False)
+    path = fetch(name_or_folder, "generation_config.json", revision, required=False, **hub)
     if path is not None:
         return read_json(path) or {"eos_token_id": None}, str(path)
     names = getattr(getattr(cls, "generate", None), "settings", ())
@@ -262,21 +402,22 @@ def parse_dtype(dtype, raw):
         if dtype is None:
             return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be 'auto' or a floating dtype such as float16, got {dtype!r}")
+    if found not in FLOATS:
+        raise ValueError("dtype must be 'auto', float32, float16, bfloat16 or float64, got "
+                         f"{shown(dtype)}")
     return found
 
 
-def read_state(name_or_folder, revision, model, table, dtype, device):
+def read_state(name_or_folder, paths, model, table, dtype, device):
     """{our name: tensor} for exactly the model's parameters, each converted as it is read.
 
     dtype None takes that of the first weight.  A task head that is not in the files is drawn afresh, and
-    a warning says so.  Raises one ValueError that lists every missing, unexpected and unfit tensor.
+    a warning says so.  Raises one ValueError that lists missing, unexpected and unfit tensors, the first ten.
     """
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     inside = "" if hasattr(model, "transformer") else "transformer."       # a base model by itself
     state, seen, problems = {}, set(), []
-    for path in weight_files(name_or_folder, revision):
+    for path in paths:
         for name, tensor in tqdm(read_tensors(path), desc=f"loading {path.name}", unit=" tensors",
                                  leave=False, disable=None):
             try:
@@ -306,9 +447,47 @@ def read_state(name_or_folder, revision, model, table, dtype, device):
     problems += [f"missing tensor {name} {wanted[ours]}" for name, ours in official.items()
                  if ours not in seen]
     if problems:
-        raise ValueError(f"the weights in {name_or_folder} do not fit its config.json:\n  "
-                         + "\n  ".join(problems))
+        raise ValueError(f"the weights in {name_or_folder} do not fit its config.json: {told(problems, table)}")
     return state
+
+
+QUANTIZED = {"GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
+             "bitsandbytes": (".SCB", ".absmax", ".quant_map", ".weight_format"),
+             "another tool": (".weight_scale", ".scales", ".zero_point", ".weight_packed")}
+
+
+def told(problems, table):
+    """The problems as one text: what they have in common in one line, else the first ten and a count."""
+    unexpected = [problem.split()[2] for problem in problems if problem.startswith("unexpected tensor ")]
+    for tool, endings in QUANTIZED.items():
+        if any(name.endswith(endings) for name in unexpected):
+            return f"they were quantized by {tool}, which this project does not read"
+    prefix = unexpected[0].split(".")[0] + "." if len(unexpected) > 1 else "?"
+    wrapped = len(unexpected) > 1 and all(n.startswith(prefix) and not known(n, table) for n in unexpected)
+    if wrapped and any(known(rest, table) for rest in rests(unexpected[0])):
+        origin = {"module.": "saved from DataParallel: save model.module instead",
+                  "_orig_mod.": "saved from torch.compile: save model._orig_mod instead"}
+        return (f"every name begins with '{prefix}' ({origin.get(prefix, 'saved from a wrapper of the model')}, "
+                "or take it off the names)")
+    if len(problems) == 1:
+        return problems[0]
+    more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "\n  " + "\n  ".join(problems[:10] + more)
+
+
+def known(name, table):
+    """Has the table a rule for this name?"""
+    with contextlib.suppress(KeyError):
+        our_name(name, table)
+        return True
+    return False
+
+
+def rests(name):
+    """"a.b.c" -> "b.c", "c"."""
+    while "." in name:
+        name = name.split(".", 1)[1]
+        yield name
 
 
 def fresh_head(model, wanted, dtype, device):
@@ -322,13 +501,14 @@ def misfit(name, tensor, ours, wanted, seen):
     """What keeps one tensor of a file from being one of the model's, or None."""
     shape = tuple(tensor.shape)
     if ours not in wanted:
-        return f"unexpected tensor {name} {shape}"
+        return f"unexpected tensor {plain(name)} {shape}"
     if ours in seen:
         return f"tensor {name} stands there twice, under two names or in two files"
     if shape != wanted[ours]:
         return f"tensor {name} has shape {shape}, expected {wanted[ours]}"
-    if not tensor.is_floating_point():                     # quantized elsewhere, or a damaged header
-        return f"tensor {name} holds {tensor.dtype}, expected floating point"
+    if tensor.dtype not in FLOATS:                         # quantized elsewhere, or a damaged header
+        return (f"tensor {name} holds {tensor.dtype}, expected floating point: "
+                "float32, float16, bfloat16 or float64")
     return None
 
 
@@ -397,9 +577,12 @@ class AutoModelForCausalLM:
         """Arguments and errors are base.PreTrainedModel.from_pretrained's."""
         import neo
         import neox
-        family = read_config(name_or_folder, kwargs.get("revision"))["model_type"]
-        module, name = {"gpt_neo": (neo, "GPTNeoFor"), "gpt_neox": (neox, "GPTNeoXFor")}[family]
-        return getattr(module, name + cls.kind).from_pretrained(name_or_folder, **kwargs)
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        raw = read_config(name_or_folder, kwargs.get("revision"), **hub)
+        module, name = {"gpt_neo": (neo, "GPTNeoFor"), "gpt_neox": (neox, "GPTNeoXFor")}[raw["model_type"]]
+        named = ("revision", "torch_dtype", "dtype", "device", "attn_implementation")
+        given = {name: kwargs.pop(name) for name in named if name in kwargs}
+        return load_pretrained(getattr(module, name + cls.kind), name_or_folder, raw=raw, changes=kwargs, **given)
 
 
 class AutoModelForSequenceClassification(AutoModelForCausalLM):

@@ -296,7 +296,7 @@ def test_a_shard_outside_the_folder(folder, capsys, shard):
     save_file(tensors, outside)
     shard = shard.format(absolute=outside)
     write_index(folder, dict.fromkeys(tensors, shard))
-    refused(folder, capsys, ValueError, "outside its folder", repr(shard))
+    refused(folder, capsys, ValueError, "outside its folder", repr(shard)[:60])
 
 
 @pytest.mark.parametrize("cut", ["nothing", "length", "length only", "header", "no data", "data", "last byte"])
@@ -410,14 +410,14 @@ def test_a_tensor_in_two_shards(folder, capsys):
     save_file(tensors, folder / "a.safetensors")
     save_file({name: tensors[name] + 1}, folder / "b.safetensors")
     write_index(folder, {**dict.fromkeys(tensors, "a.safetensors"), "again": "b.safetensors"})
-    refused(folder, capsys, ValueError, f"{name} stands there twice", lines=2)
+    refused(folder, capsys, ValueError, f"{name} stands there twice")
 
 
 def test_weights_of_another_size(folder, capsys):
     """config.json of one model beside the weights of another."""
     change_config(folder, vocab_size=300)
     refused(folder, capsys, ValueError, "has shape (264, 16), expected (300, 16)",
-            lines=2 if (folder / "vocab.json").exists() else 3)
+            lines=1 if (folder / "vocab.json").exists() else 3)
 
 
 @pytest.mark.parametrize("name, says", [
