@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -11,15 +12,18 @@ import pytest
 import torch
 import transformers
 
+import benchmark
 import compare
 import generate
+import sampling
 import train
 from benchmarks.shapes import SHAPES, model_class
 from conftest import ROOT
-from load_weights import AutoTokenizer
+from load_weights import AutoModelForCausalLM, AutoTokenizer
 
-README, TRAINING, CHECKPOINTS = (ROOT.joinpath(folder, "README.md").read_text(encoding="utf-8")
-                                 for folder in ("", "training", "checkpoints"))
+README, TRAINING, CHECKPOINTS, BENCHMARKS = (
+    ROOT.joinpath(folder, "README.md").read_text(encoding="utf-8")
+    for folder in ("", "training", "checkpoints", "benchmarks"))
 
 
 def rows(header, document=README):
@@ -34,13 +38,52 @@ def test_every_module_is_listed():
 
 
 def test_the_first_command_is_near_the_top_and_its_output_is_true(capsys):
-    """The block under `make demo` is what the Makefile's line prints, to the letter."""
+    """The block under `make demo` is how the output of the Makefile's line begins, to the letter."""
     assert README[:README.index("```bash")].count("\n") < 25
     shown = re.search(r"```text\n(.*?)```", README, re.S)[1]
     line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "generate.py" in line)
     import shlex
     assert generate.main(shlex.split(line.split("generate.py", 1)[1])) == 0
-    assert capsys.readouterr().out == shown
+    assert len(shown.splitlines()) > 5 and capsys.readouterr().out.startswith(shown)
+
+
+def test_the_picture_is_the_script_s():
+    drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["picture"]()
+    assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == drawn
+    assert "(docs/architecture.svg)" in README
+
+
+def test_links_lead_to_files():
+    """Relative links and pictures of the four READMEs."""
+    for folder, document in (("", README), ("training", TRAINING), ("checkpoints", CHECKPOINTS),
+                             ("benchmarks", BENCHMARKS)):
+        for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", document):
+            if not "".join(link).startswith("http"):
+                assert (ROOT / folder / "".join(link)).exists(), link
+
+
+def test_what_generate_refuses_is_refused():
+    """Each setting that the README calls refused, by its name; with num_beams=1 accepted."""
+    paragraph = README[README.index("**What generate refuses"):].split("\n\n")[0]
+    names = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b(?!=)", paragraph))
+    assert len(names) > 9 and names <= sampling.REFUSED.keys()
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "checkpoints" / "demo-neo")
+    ids = torch.tensor([[5, 6]])
+    for name in sorted(names):
+        with pytest.raises(ValueError, match=name):
+            model.generate(ids, max_new_tokens=1, do_sample=True, **{name: 0.5})
+    assert model.generate(ids, max_new_tokens=1, num_beams=1).shape == (1, 3)
+
+
+def test_benchmark_commands_parse():
+    """The commands of benchmarks/README.md: blocks, and the last column of its tables."""
+    import shlex
+    lines = [*re.findall(r"benchmark\.py ([a-z].*)$", "\n".join(re.findall(r"```bash\n(.*?)```", BENCHMARKS + README, re.S)), re.M),
+             *(row[-1] for header in ("| gpt-neo-125m shape |", "| pythia-160m shape |")
+               for row in rows(header, BENCHMARKS) if row[-1] != "the same run")]
+    assert len(lines) > 12
+    for line in lines:
+        benchmark.arguments(shlex.split(line))
 
 
 def test_scores_are_printed_so(capsys, monkeypatch):
