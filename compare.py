@@ -38,19 +38,25 @@ import argparse
 import json
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from attention import choose_backend
 from base import PreTrainedModel
+from files import error_line, plain
 from load_weights import (NAMES, AutoModelForCausalLM, official_names, our_name, read_config,
                           read_tensors)
 from neo import GPTNeoConfig
 from neox import GPTNeoXConfig
 
 CONFIGS = {"gpt_neo": GPTNeoConfig, "gpt_neox": GPTNeoXConfig}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LONGEST = 2**20                                            # more tokens would take days
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,9 +76,9 @@ def make_ids(seed, B, T, vocab_size):
     return torch.tensor(ids, dtype=torch.long).view(T, B).T
 
 
-def config_of(args):
-    """The checkpoint's config, without its weights."""
-    raw = read_config(args.model, args.revision)
+def config_of(name, revision=None):
+    """The config of a checkpoint, without its weights."""
+    raw = read_config(name, revision)
     return CONFIGS[raw["model_type"]].from_dict(raw)
 
 
@@ -143,21 +149,20 @@ def gradients(model, ids, table):
     return {"loss": loss.detach(), **official_names(grads, table)}
 
 
-def run(model, inputs, args, table):
-    """Everything wanted of one model: a trace for each of the inputs, gradients for the longest."""
+def run(model, inputs, table, with_gradients):
+    """(a trace for each of the inputs, gradients for the longest of them or {})."""
     traces = [trace(model, ids) for ids in inputs]
-    return traces, gradients(model, inputs[-1], table) if args.gradients else {}
+    return traces, gradients(model, inputs[-1], table) if with_gradients else {}
 
 
-def load_ours(args):
+def load_ours(name, revision, dtype, backend):
     """The model of this project."""
-    return AutoModelForCausalLM.from_pretrained(
-        args.model, revision=args.revision, torch_dtype=args.dtype,
-        attn_implementation=args.backend)
+    return AutoModelForCausalLM.from_pretrained(name, revision=revision, torch_dtype=dtype,
+                                                attn_implementation=backend)
 
 
-def load_transformers(args, dtype):
-    """The reference, with eager attention and the dtype that ours has; and what to call it."""
+def load_transformers(name, revision, dtype):
+    """The reference with eager attention, in a torch dtype; and what to call it."""
     try:
         import transformers
     except ImportError:
@@ -165,8 +170,12 @@ def load_transformers(args, dtype):
                          "(or compare with what a port saved: --theirs FILE)") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.model, revision=args.revision, dtype=dtype, attn_implementation="eager")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, attn_implementation="eager")
+    except Exception as error:                             # of any kind: it reads more than we do
+        raise ValueError(f"transformers cannot load {name}: {type(error).__name__}: "
+                         f"{error_line(error)}") from None
     return model.eval(), f"transformers {transformers.__version__} eager"
 
 
@@ -185,10 +194,12 @@ def read_port(path, layers):
         if stack.dim() < 3 or len(stack) != len(hidden):
             raise ValueError(f"{path}: hidden_states has shape {tuple(stack.shape)}, expected "
                              f"{len(hidden)}: embeddings, each block but the last, final norm")
+        if both := sorted(tensors.keys() & set(hidden)):
+            raise ValueError(f"{path} holds {both[0]} beside hidden_states: leave one of them out")
         tensors |= zip(hidden, stack)
     if unknown := sorted(tensors.keys() - {"input_ids", "logits", *hidden}):
-        raise ValueError(f"{path} holds {', '.join(unknown[:5])}; known are input_ids, logits, and "
-                         f"hidden_states or hidden_states.0 to hidden_states.{layers}")
+        raise ValueError(f"{path} holds {', '.join(map(plain, unknown[:5]))}; known are input_ids, logits, "
+                         f"and hidden_states or hidden_states.0 to hidden_states.{layers}")
     wanted = ["logits"] + (hidden if tensors.keys() & set(hidden) else [])
     if missing := [name for name in wanted if name not in tensors]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -203,11 +214,13 @@ def read_theirs(path, config):
     tensors = {name: x if x.dim() == (2 if name == "input_ids" else 3) else x[None]
                for name, x in read_port(path, config.num_hidden_layers).items()}
     B, T = (*tensors["logits"].shape, 0)[:2]
+    if not B * T:
+        raise ValueError(f"{path}: logits has shape {tuple(tensors['logits'].shape)}, without any token")
     widths = {"input_ids": (), "logits": (config.vocab_size,)}
     for name, x in sorted(tensors.items(), key=lambda item: item[0] != "logits"):  # they say B and T
         shape = (B, T, *widths.get(name, (config.hidden_size,)))
-        kind = "integer" if name == "input_ids" else "floating"
-        if x.shape != shape or x.is_floating_point() != (kind == "floating"):
+        kind, dtypes = ("integers", INTEGERS) if name == "input_ids" else ("floats", FLOATS)
+        if x.shape != shape or x.dtype not in dtypes:
             raise ValueError(f"{path}: {name} is {x.dtype} of shape {tuple(x.shape)}, expected {kind} "
                              f"of shape {shape}, where a batch of 1 may be left out")
     ids = tensors["input_ids"].long() if "input_ids" in tensors else None
@@ -232,11 +245,12 @@ def default_tolerance(dtype, float32=1e-5):
     return 8 * eps if eps > 1e-4 else float32
 
 
-def tolerances(args, dtype):
-    """How far apart (rows, gradients) may be; None asks for the same bits."""
-    if args.tolerance is not None:
-        return args.tolerance, args.tolerance
-    if choose_backend(args.backend) == "naive" and not args.theirs:
+def tolerances(dtype, same_order):
+    """How far apart (rows, gradients) may be.
+
+    None asks for the same bits: of two models that compute in the same order of operations.
+    """
+    if same_order:
         return None, default_tolerance(dtype, 1e-6)
     return default_tolerance(dtype), default_tolerance(dtype)
 
@@ -268,9 +282,9 @@ def compare_traces(names, inputs, xs, references, tolerance):
         results = []
         for ids, x, reference in zip(inputs, xs, references):
             if x[i] is not None:
-                found = measure(x[i], reference[i], tolerance)
-                first = None if found["same"] else first_position(x[i], reference[i], tolerance)
-                results.append({"length": ids.size(1), **found, "first_position": first})
+                result = measure(x[i], reference[i], tolerance)
+                first = None if result["same"] else first_position(x[i], reference[i], tolerance)
+                results.append({"length": ids.size(1), **result, "first_position": first})
         if results:
             rows.append({"row": name, "same": all(r["same"] for r in results), "results": results})
     return rows
@@ -292,45 +306,52 @@ def finite(x):
     return math.inf if math.isnan(x) else x
 
 
-def inputs_of(args, config):
-    """-> ids (B, T) by rising length; the seed they are from or None; what --theirs saved or None."""
-    if args.theirs:
-        ids, saved = read_theirs(args.theirs, config)
-        if ids is not None:
-            return [ids], None, saved
-        return [make_ids(args.seed, *saved[-1].shape[:2], config.vocab_size)], args.seed, saved
-    return [make_ids(args.seed, args.batch, T, config.vocab_size)
-            for T in args.lengths or default_lengths(config)], args.seed, None
+def next_token_agreement(xs, references):
+    """For each of the inputs, the share of positions whose likeliest next token is the same."""
+    return [(x[-1].argmax(-1) == reference[-1].argmax(-1)).double().mean().item()
+            for x, reference in zip(xs, references)]
 
 
-def report(args):
-    """The whole comparison, as a dict that JSON can hold."""
-    config = config_of(args)
-    inputs, seed, saved = inputs_of(args, config)
+def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs=None, lengths=None,
+                batch=1, seed=0, tolerance=None, with_gradients=False):
+    """The whole comparison, as a dict that JSON can hold.
+
+    With theirs, a port's file is judged by our model; otherwise our model is judged by transformers'.
+    """
+    config = config_of(name, revision)
     table = NAMES[config.model_type]
-    model = load_ours(args)
+    inputs = [make_ids(seed, batch, T, config.vocab_size) for T in lengths or default_lengths(config)]
+    if theirs:
+        ids, saved = read_theirs(theirs, config)
+        inputs = [make_ids(seed, *saved[-1].shape[:2], config.vocab_size) if ids is None else ids]
+        seed = seed if ids is None else None               # None: the ids are the file's own
+    model = load_ours(name, revision, dtype, backend)
     dtype = model.dtype
-    ours, our_grads = run(model, inputs, args, table)
+    try:
+        ours, our_grads = run(model, inputs, table, with_gradients)
+    except ValueError as error:                            # ids that this model cannot read
+        raise ValueError(f"{theirs}: {error}" if theirs else str(error)) from None
     del model                                              # one model in memory at a time
-    if saved:
-        xs, references, reference = [saved], ours, f"{Path(args.theirs).name}, ours as reference"
+    if theirs:
+        xs, references, reference = [saved], ours, f"{Path(theirs).name}, ours as reference"
     else:
-        model, reference = load_transformers(args, dtype)
-        xs, (references, grads) = ours, run(model, inputs, args, table)
+        model, reference = load_transformers(name, revision, dtype)
+        xs, (references, grads) = ours, run(model, inputs, table, with_gradients)
 
-    tolerance, grads_tolerance = tolerances(args, dtype)
-    found = {"model": args.model, "revision": args.revision, "layers": config.num_hidden_layers,
-             "window": window_of(config), "dtype": str(dtype).removeprefix("torch."),
-             "backend": choose_backend(args.backend), "reference": reference,
-             "torch": torch.__version__, "tolerance": tolerance, "seed": seed,
-             "lengths": [ids.size(1) for ids in inputs], "input_ids": [ids.tolist() for ids in inputs],
-             "rows": compare_traces(row_names(config), inputs, xs, references, tolerance),
-             "next_token_agreement": [(x[-1].argmax(-1) == y[-1].argmax(-1)).double().mean().item()
-                                      for x, y in zip(xs, references)],
-             "rows_saved_by_port": bool(saved), "gradients": None}
-    if args.gradients:
-        found["gradients"] = compare_gradients(our_grads, grads, grads_tolerance)
-    return found | verdict(found, config)
+    backend = choose_backend(backend)
+    limits = tolerances(dtype, backend == "naive" and not theirs)
+    limits = limits if tolerance is None else (tolerance, tolerance)
+    report = {"model": name, "revision": revision, "layers": config.num_hidden_layers,
+              "window": window_of(config), "dtype": str(dtype).removeprefix("torch."),
+              "backend": backend, "reference": reference, "torch": torch.__version__,
+              "tolerance": limits[0], "seed": seed, "lengths": [ids.size(1) for ids in inputs],
+              "input_ids": [ids.tolist() for ids in inputs],
+              "rows": compare_traces(row_names(config), inputs, xs, references, limits[0]),
+              "next_token_agreement": next_token_agreement(xs, references),
+              "rows_saved_by_port": bool(theirs), "gradients": None}
+    if with_gradients:
+        report["gradients"] = compare_gradients(our_grads, grads, limits[1])
+    return report | verdict(report, config)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -388,24 +409,24 @@ def hint(row, position, config, theirs, rounding):
     return "scores" if position else "block"
 
 
-def verdict(found, config):
+def verdict(report, config):
     """What the numbers say: the same or not, how many rows are, and where to look."""
-    rows, grads = found["rows"], found["gradients"]
+    rows, grads = report["rows"], report["gradients"]
     bad = [row for row in rows if not row["same"]]
     out = {"rows_same": len(rows) - len(bad), "first_difference": None, "first_position": None,
            "at_lengths": [], "hint": None, "same": not bad and (grads is None or grads["same"])}
     if bad:
         results = [r for r in bad[0]["results"] if not r["same"]]
         position = min(r["first_position"] for r in results)
-        rounding = default_tolerance(getattr(torch, found["dtype"]), 1e-6)
-        key = hint(bad[0], position, config, found["rows_saved_by_port"], rounding)
+        rounding = default_tolerance(getattr(torch, report["dtype"]), 1e-6)
+        key = hint(bad[0], position, config, report["rows_saved_by_port"], rounding)
         key = "no rows" if len(rows) == 1 else key
         out.update(first_difference=bad[0]["row"], first_position=position,
                    hint=HINTS[config.model_type].get(key) or HINTS[key],
                    at_lengths=[r["length"] for r in results])
     elif not out["same"]:
         out.update(first_difference=f"gradient of {grads['rows'][0]['row']}", hint=HINTS["gradient"],
-                   at_lengths=[max(found["lengths"])])
+                   at_lengths=[max(report["lengths"])])
     return out
 
 
@@ -417,8 +438,8 @@ def listed(numbers):
     return ", ".join(map(str, numbers))
 
 
-def setting(found):
-    return f"{found['dtype']}, {found['backend']} against {found['reference']}"
+def setting(report):
+    return f"{report['dtype']}, {report['backend']} against {report['reference']}"
 
 
 def cell(result):
@@ -428,33 +449,33 @@ def cell(result):
     return f"{result['relative']:.1e}" + ("  " if result["same"] else " !")
 
 
-def print_table(found, out):
+def print_table(report, out):
     """A line for each row, a column for each length, and the verdict."""
-    window = f", window {found['window']}" if found["window"] else ""
-    origin = "of the file" if found["seed"] is None else f"of seed {found['seed']}"
-    few = " ".join(map(str, found["input_ids"][-1][0][:8]))
-    print(f"{found['model']}: {found['layers']} layers{window}; {setting(found)}", file=out)
+    window = f", window {report['window']}" if report["window"] else ""
+    origin = "of the file" if report["seed"] is None else f"of seed {report['seed']}"
+    few = " ".join(map(str, report["input_ids"][-1][0][:8]))
+    print(f"{report['model']}: {report['layers']} layers{window}; {setting(report)}", file=out)
     print(f"ids {origin}: {few} ...\n", file=out)
 
-    width = max(len(name) for name in ["next token agrees", *(row["row"] for row in found["rows"])])
-    heads = [f"T = {T}" for T in found["lengths"]] + ["max |Δ|"]
+    width = max(len(name) for name in ["next token agrees", *(row["row"] for row in report["rows"])])
+    heads = [f"T = {T}" for T in report["lengths"]] + ["max |Δ|"]
     print(" " * width + "".join(f"{head:>11}" for head in heads), file=out)
-    for row in found["rows"]:
+    for row in report["rows"]:
         cells = "".join(f"{cell(r):>11}" for r in row["results"])
         worst = max((r["max_abs"] for r in row["results"]), key=finite)
-        arrow = "   <-- look here first" if row["row"] == found["first_difference"] else ""
+        arrow = "   <-- look here first" if row["row"] == report["first_difference"] else ""
         print(f"{row['row']:{width}}{cells}{worst:>11.2g}{arrow}", file=out)
-    shares = "".join(f"{f'{100 * x:.4g} %':>11}" for x in found["next_token_agreement"])
+    shares = "".join(f"{f'{100 * x:.4g} %':>11}" for x in report["next_token_agreement"])
     print(f"{'next token agrees':{width}}{shares}\n", file=out)
 
-    limit = "" if found["tolerance"] is None else f" and above {found['tolerance']:.1e}"
+    limit = "" if report["tolerance"] is None else f" and above {report['tolerance']:.1e}"
     print(f"= same bits, otherwise |difference| / |reference|; ! different{limit}", file=out)
-    if found["gradients"]:
-        print_gradients(found["gradients"], max(found["lengths"]), out)
-    if found["window"] and max(found["lengths"]) <= found["window"]:
-        print(f"note: no length is above the window of {found['window']}: this proves nothing about "
+    if report["gradients"]:
+        print_gradients(report["gradients"], max(report["lengths"]), out)
+    if report["window"] and max(report["lengths"]) <= report["window"]:
+        print(f"note: no length is above the window of {report['window']}: this proves nothing about "
               "local attention", file=out)
-    print(summary(found), file=out)
+    print(summary(report), file=out)
 
 
 def print_gradients(grads, T, out):
@@ -468,46 +489,46 @@ def print_gradients(grads, T, out):
             print(f"    {cell(row)}  {row['row']}", file=out)
 
 
-def summary(found):
+def summary(report):
     """The verdict in one line, or three where there is somewhere to look."""
-    how = "bit-identical" if found["tolerance"] is None else f"within {found['tolerance']:.1e}"
-    line = (f"{found['rows_same']} of {len(found['rows'])} rows {how} at lengths "
-            f"{listed(found['lengths'])} ({setting(found)})")
-    if found["same"]:
+    how = "bit-identical" if report["tolerance"] is None else f"within {report['tolerance']:.1e}"
+    line = (f"{report['rows_same']} of {len(report['rows'])} rows {how} at lengths "
+            f"{listed(report['lengths'])} ({setting(report)})")
+    if report["same"]:
         return "equal: " + line
-    since = "" if found["first_position"] is None else f" from position {found['first_position']} on,"
-    return (f"DIFFERENT: {line}\nfirst difference: {found['first_difference']},{since} at lengths "
-            f"{listed(found['at_lengths'])}\nlook at: {found['hint']}")
+    since = "" if report["first_position"] is None else f" from position {report['first_position']} on,"
+    return (f"DIFFERENT: {line}\nfirst difference: {report['first_difference']},{since} at lengths "
+            f"{listed(report['at_lengths'])}\nlook at: {report['hint']}")
 
 
-def markdown(found):
+def markdown(report):
     """| checkpoint | dtype | lengths | rows bit-equal | max |Δ| of the logits | relative |"""
-    logits = found["rows"][-1]["results"]
-    equal = sum(all(r["bit_equal"] for r in row["results"]) for row in found["rows"])
+    logits = report["rows"][-1]["results"]
+    equal = sum(all(r["bit_equal"] for r in row["results"]) for row in report["rows"])
     largest, relative = (max((r[key] for r in logits), key=finite) for key in ("max_abs", "relative"))
-    return (f"| {Path(found['model']).name} | {found['dtype']} | {listed(found['lengths'])} | "
-            f"{equal} of {len(found['rows'])} | {largest:.2g} | {relative:.2g} |")
+    return (f"| {Path(report['model']).name} | {report['dtype']} | {listed(report['lengths'])} | "
+            f"{equal} of {len(report['rows'])} | {largest:.2g} | {relative:.2g} |")
 
 
-def plot(found, path):
+def plot(report, path):
     """Relative difference by layer, a line for each length, exact zeros on a floor of their own."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [row["row"].replace(f", window {found['window']}", "") for row in found["rows"]]
-    values = [[r["relative"] for r in row["results"]] for row in found["rows"]]
+    names = [row["row"].replace(f", window {report['window']}", "") for row in report["rows"]]
+    values = [[r["relative"] for r in row["results"]] for row in report["rows"]]
     positive = [x for row in values for x in row if x > 0 and math.isfinite(x)]
     low = math.floor(math.log10(min([1e-8, *positive]))) - 1               # exponent of the floor
-    high = math.ceil(math.log10(max([1e-4, *positive, found["tolerance"] or 0]))) + 1
+    high = math.ceil(math.log10(max([1e-4, *positive, report["tolerance"] or 0]))) + 1
     figure, axes = plt.subplots(figsize=(max(7, 3 + 0.35 * len(names)), 4.8), layout="constrained")
     colours = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]   # Okabe and Ito
-    for i, T in enumerate(found["lengths"]):               # hollow, ever smaller: none hides another
+    for i, T in enumerate(report["lengths"]):               # hollow, ever smaller: none hides another
         axes.plot(names, [max(row[i], 10.0 ** low) for row in values], label=f"T = {T}",
                   color=colours[i % 6], marker="osD^v"[i % 5], fillstyle="none",
                   markersize=max(4, 14 - 2.5 * i))
-    if found["tolerance"]:
-        axes.axhline(found["tolerance"], color="grey", linestyle="--", label="tolerance")
+    if report["tolerance"]:
+        axes.axhline(report["tolerance"], color="grey", linestyle="--", label="tolerance")
     axes.set_yscale("log")
     axes.set_ylim(10.0 ** (low - 0.5), 10.0 ** high)
     axes.set_yticks([10.0 ** e for e in range(low, high + 1)],
@@ -517,7 +538,7 @@ def plot(found, path):
     axes.tick_params(axis="x", rotation=90)
     axes.set_ylabel("|difference| / |reference|")
     axes.set_xlabel("what comes out of")
-    axes.set_title(f"{Path(found['model']).name}, {setting(found)}", size="medium")
+    axes.set_title(f"{Path(report['model']).name}, {setting(report)}", size="medium")
     figure.legend(loc="outside right upper", title="tokens")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -529,10 +550,10 @@ def plot(found, path):
 
 def lengths(text):
     """"9,5,5" -> [5, 9]; argparse makes a ValueError a message."""
-    found = sorted({int(part) for part in text.split(",")})
-    if found[0] < 1:
+    numbers = sorted({int(part) for part in text.split(",")})
+    if numbers[0] < 1 or numbers[-1] > LONGEST:
         raise ValueError
-    return found
+    return numbers
 
 
 def arguments(argv=None):
@@ -570,53 +591,60 @@ def unusable(args):
         return "--theirs has its lengths and batch from the file, no gradients, and is judged by naive"
     if args.gradients and args.lengths and args.lengths[-1] < 2:
         return "--gradients needs a length of 2 at least: one token has no next"
-    if args.batch < 1:
-        return "--batch must be at least 1"
-    for path in (args.json, args.plot, args.save_ours):
-        if path and not Path(path).absolute().parent.is_dir():
+    if not 1 <= args.batch <= LONGEST:
+        return f"--batch must be in 1 … {LONGEST}"
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        return f"--tolerance must be a number of at least 0, not {args.tolerance}"
+    if args.plot and find_spec("matplotlib") is None:
+        return "--plot needs matplotlib: pip install matplotlib"
+    for path in filter(None, (args.json, args.plot, args.save_ours)):
+        if not Path(path).absolute().parent.is_dir():
             return f"no folder {Path(path).parent} to write {Path(path).name} into"
+        if Path(path).is_dir():
+            return f"{path} is a folder, and a file is to be written"
 
 
-def write_inputs_or_ours(args):
-    """--ids and --save-ours: one length, and nothing is compared."""
-    config = config_of(args)
-    T = (args.lengths or default_lengths(config))[-1]
-    ids = make_ids(args.seed, args.batch, T, config.vocab_size)
-    if args.ids:
-        print(json.dumps(ids.tolist()))
-    if args.save_ours:
-        save_ours(args.save_ours, ids, trace(load_ours(args), ids))
-
-
-def write_report(args, found):
+def write_report(report, json_path=None, plot_path=None, as_markdown=False):
     """Table, JSON, plot, Markdown; what a program will read has standard output for itself."""
-    print_table(found, sys.stderr if args.json == "-" or args.markdown else sys.stdout)
-    if args.json:
-        valid = json.loads(json.dumps(found), parse_constant=str)          # JSON has no NaN
+    print_table(report, sys.stderr if json_path == "-" or as_markdown else sys.stdout)
+    if json_path:
+        valid = json.loads(json.dumps(report), parse_constant=str)         # JSON has no NaN
         text = json.dumps(valid) + "\n"
-        if args.json == "-":
+        if json_path == "-":
             sys.stdout.write(text)
         else:
-            Path(args.json).write_text(text, encoding="utf-8")
-    if args.plot:
-        plot(found, args.plot)
-    if args.markdown:
-        print(markdown(found))
+            Path(json_path).write_text(text, encoding="utf-8")
+    if plot_path:
+        plot(report, plot_path)
+    if as_markdown:
+        print(markdown(report))
 
 
 def main(argv=None):
     """Exit status: 0 the same, 1 different, 2 with one line on what is wrong."""
     args = arguments(argv)
     try:
-        if args.ids or args.save_ours:
-            write_inputs_or_ours(args)
+        if args.ids or args.save_ours:                     # one length, and nothing is compared
+            config = config_of(args.model, args.revision)
+            longest = (args.lengths or default_lengths(config))[-1]
+            ids = make_ids(args.seed, args.batch, longest, config.vocab_size)
+            if args.ids:
+                print(json.dumps(ids.tolist()))
+            if args.save_ours:
+                model = load_ours(args.model, args.revision, args.dtype, args.backend)
+                save_ours(args.save_ours, ids, trace(model, ids))
             return 0
-        found = report(args)
-        write_report(args, found)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report = make_report(
+            args.model, revision=args.revision, dtype=args.dtype, backend=args.backend,
+            theirs=args.theirs, lengths=args.lengths, batch=args.batch, seed=args.seed,
+            tolerance=args.tolerance, with_gradients=args.gradients)
+        write_report(report, args.json, args.plot, args.markdown)
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0 if found["same"] else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0 if report["same"] else 1
 
 
 if __name__ == "__main__":

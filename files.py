@@ -176,6 +176,9 @@ def write_files(folder, files):
                 parts[name].write_bytes(content) if isinstance(content, bytes) else content(parts[name])
                 parts[name].chmod(0o666 & ~current_umask())    # temporary files are their owner's alone
             *others, last = files
+            if not others:                                 # one file: a single rename decides
+                os.replace(parts[last], folder / last)
+                return
             for name in [last, *others]:
                 if os.path.lexists(folder / name):
                     aside = temporary(folder, name, "old")

@@ -40,7 +40,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from files import error_line, read_json
+from files import error_line, read_json, write_files
 from training.model import learning_rate, new_model, parameter_groups
 from training.new_tokenizer import CLASSES, new_tokenizer
 from training.processes import (SharedError, error_text, everywhere, gathered, join_processes, processes,
@@ -96,7 +96,7 @@ class Run:
             state = dict(
                 settings=self.settings, step=self.step, seconds=self.seconds, history=self.history,
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), random=random)
-            write_whole(self.folder / "state.pt", lambda path: torch.save(state, path))
+            write_files(self.folder, {"state.pt": lambda path: torch.save(state, path)})
 
     def restore(self, state):
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
@@ -187,8 +187,7 @@ class Run:
             parameters=sum(p.numel() for p in self.model.parameters()),
             threads=torch.get_num_threads(), python=sys.version.split()[0], torch=torch.__version__,
             **task.scores(saved, "float32"))
-        text = json.dumps(record, indent=2) + "\n"
-        write_whole(out / "training.json", lambda path: path.write_text(text, "utf-8", newline="\n"))
+        write_files(out, {"training.json": (json.dumps(record, indent=2) + "\n").encode()})
         return record
 
 
@@ -213,10 +212,11 @@ def draw(history, task, path):
     if valid:
         axes.plot(*zip(*valid), "o-", markersize=3, label="held out")
     unit = task.curve.removeprefix("valid_").replace("_", " ")
-    axes.set(xlabel="step", ylabel=unit, title=Path(path).parent.name)
+    axes.set(xlabel="step", ylabel=unit, title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120, bbox_inches="tight"))
+    write_files(path.parent, {path.name: lambda part: figure.savefig(
+        part, format="png", dpi=120, bbox_inches="tight")})
     pyplot.close(figure)
 
 
@@ -227,13 +227,6 @@ def describe(record):
     held_out = f", held out: {scores}" if scores else ""
     sample = f"\n{record['sample']}\n" if "sample" in record else ""
     return f"step {record.get('step', record.get('steps'))}{held_out}{sample}"
-
-
-def write_whole(path, write):
-    """write(beside), then rename: a kill at any moment leaves the old file or the new."""
-    beside = Path(f"{path}.part")
-    write(beside)
-    os.replace(beside, path)
 
 
 # ------------------------------------------------------------------------------------------------

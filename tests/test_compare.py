@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -184,8 +185,8 @@ def spoiled(name, factor):
     """One tensor of ours is wrong."""
     load = compare.load_ours
 
-    def wrong(args):
-        model = load(args)
+    def wrong(*args):
+        model = load(*args)
         with torch.no_grad():
             model.get_parameter(name).mul_(factor)
         return model
@@ -233,8 +234,8 @@ def test_window_mistake_shows_only_above_the_window(folders, report, monkeypatch
 def test_a_wrong_gradient_is_found(folders, report, monkeypatch):
     load = compare.load_ours
 
-    def hooked(args):
-        model = load(args)
+    def hooked(*args):
+        model = load(*args)
         model.transformer.blocks[2].attn.out_proj.weight.register_hook(lambda grad: grad * (1 + 1e-4))
         return model
     monkeypatch.setattr(compare, "load_ours", hooked)
@@ -328,13 +329,30 @@ def test_saved_with_other_weights_names_the_block(folders, report, tmp_path):
     (lambda t: t.update(input_ids=t["input_ids"][:, 1:].clone()), "input_ids is torch.int64 of shape (1, 20)"),
     (lambda t: t.update(input_ids=t["input_ids"].float()), "input_ids is torch.float32"),
     (lambda t: t.update(logits=t["logits"].long()), "logits is torch.int64"),
+    (lambda t: t.update(logits=t["logits"].to(torch.float8_e4m3fn)), "logits is torch.float8_e4m3fn"),
+    (lambda t: t.update(input_ids=t["input_ids"].bool()), "input_ids is torch.bool"),
+    (lambda t: t.update(logits=t["logits"][:, :0].clone()), "logits has shape (1, 0, 97), without any token"),
+    (lambda t: t.update(logits=t["logits"][0, 0, 0].clone()), "logits has shape (1,), without any token"),
+    (lambda t: t.update(hidden_states=torch.ones(5, 1, 21, 32)), "holds hidden_states.0 beside hidden_states"),
+    (lambda t: (t.clear(), t.update(logits=torch.ones(1, 65, 97))), "mine.safetensors: 65 tokens"),
+    (lambda t: t.update({"x\x1b[31m\ny": t["logits"] + 1}), "holds x\\x1b[31m\\ny; known are"),
+    (lambda t: t.update({"z" * 5000: t["logits"] + 1}), "zzz…; known are"),
     (lambda t: t["input_ids"].fill_(97), "vocabulary")])
 def test_bad_file_is_one_line(change, message, folders, port, tmp_path, capsys):
     tensors = {name: x.clone() for name, x in port["gpt_neo"].items()}
     change(tensors)
     save_file(tensors, tmp_path / "mine.safetensors")
     error = line_of_error(capsys, folders["gpt_neo"], "--theirs", tmp_path / "mine.safetensors")
-    assert message in error
+    assert message in error and "mine.safetensors" in error and error.isprintable()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"abc", struct.pack("<Q", 1) + b"{", struct.pack("<Q", 10**15) + b"{}", struct.pack("<Q", 3) + b'"a"',
+    struct.pack("<Q", 61) + b'{"logits":{"dtype":"F32","shape":[1,9,97],"data_offsets":[0,8]}}'])
+def test_damaged_file_is_one_line(content, folders, tmp_path, capsys):
+    (tmp_path / "mine.safetensors").write_bytes(content)
+    error = line_of_error(capsys, folders["gpt_neo"], "--theirs", tmp_path / "mine.safetensors")
+    assert "mine.safetensors is not a whole safetensors file" in error and len(error) < 300
 
 
 # -- what is written -----------------------------------------------------------------------------
@@ -385,11 +403,28 @@ def test_bad_arguments_are_one_line(folders, capsys, tmp_path):
     assert "64 positions" in line_of_error(capsys, folder, "--lengths", "65")
     assert "lengths" in line_of_error(capsys, folder, "--lengths", "5,0")
     assert "2 at least" in line_of_error(capsys, folder, "--lengths", "1", "--gradients")
+    assert "lengths" in line_of_error(capsys, folder, "--lengths", str(10**23))
+    assert "--batch must be" in line_of_error(capsys, folder, "--batch", str(10**23))
+    assert "--tolerance must be" in line_of_error(capsys, folder, "--tolerance", "nan")
     assert "no folder" in line_of_error(capsys, folder, "--plot", tmp_path / "nothing" / "x.png")
+    assert "is a folder" in line_of_error(capsys, folder, "--json", tmp_path)
+    assert "is a folder" in line_of_error(capsys, folder, "--save-ours", tmp_path)
     assert "mine.safetensors is none" in line_of_error(capsys, folder, "--theirs", tmp_path / "mine.safetensors")
     assert "from the file" in line_of_error(capsys, folder, "--theirs", "x.safetensors", "--lengths", "5")
     Path(tmp_path, "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     assert "cut.safetensors" in line_of_error(capsys, folder, "--theirs", tmp_path / "cut.safetensors")
+
+
+def test_an_optional_package_is_missed_before_any_work(folders, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "find_spec", lambda name: None)
+    assert "pip install matplotlib" in line_of_error(capsys, folders["gpt_neo"], "--plot", "x.png")
+
+
+def test_what_transformers_refuses_is_one_line(folders, capsys, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("this model\nis odd")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fails)
+    assert "transformers cannot load" in line_of_error(capsys, folders["gpt_neo"], "--lengths", "2")
 
 
 def test_without_transformers_it_says_what_to_do(folders, capsys, monkeypatch):

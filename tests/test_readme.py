@@ -103,7 +103,7 @@ def test_equality_table():
     assert {(row[0], row[1]) for row in table} == {(n, d) for n in ("demo-neo", "demo-neox")
                                                  for d in ("float32", "bfloat16", "float16")}
     for name, dtype, *_ in table:
-        config = compare.config_of(compare.arguments([str(ROOT / "checkpoints" / name)]))
+        config = compare.config_of(ROOT / "checkpoints" / name)
         assert config.position_limit is None or config.position_limit >= 2 * config.window_size
     printed = subprocess.run([sys.executable, "compare.py", "checkpoints/demo-neo", "--markdown"], cwd=ROOT,
                              capture_output=True, text=True, check=True).stdout
