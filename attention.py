@@ -1,4 +1,4 @@
-"""Causal attention: the rule, the definition, three faster forms, the dispatch, the cache.
+"""Causal attention: the rule, the definition, what models call, the cache, and faster forms.
 
     B  batch                        H  heads
     T  queries: the new tokens      S  keys in view: cached + new, S >= T
@@ -9,36 +9,22 @@ the S positions, and returns (B, H, T, D) in v's dtype.
 
     visible      which key may a query read?  One rule for prefill, decoding and everything between.
     naive        the definition.  Bit-identical to transformers' eager attention, and slow.
-    sdpa         torch's fused kernel; on a local layer it never looks outside the window.
-    triton       our own kernel, forward and backward, which walks the band of the window alone.
-    flash        the flash-attn package.
-    attention    the one function that models call; picks the backend.
+    attention    the one function that models call; it picks the backend.
     KVCache      remembers keys and values; local layers remember only their window.
+
+    sdpa         torch's fused kernel; on a local layer it never looks outside the window.
+    triton       our own kernel, forward and backward, which visits only what the window reaches.
+    flash        the flash-attn package.
 """
 
-from __future__ import annotations       # so that tl.constexpr may be written where triton is missing
+from __future__ import annotations       # tl.constexpr can be written without triton
 
 import functools
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
-
-# Triton takes a fifth of a second and 50 MB to import, so only where its kernels could run.
-triton, no_triton = None, ("there is no CUDA GPU; without one, set TRITON_INTERPRET=1 before Python starts "
-                           "(slow), or use 'sdpa'")
-if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
-    try:
-        import triton
-        import triton.language as tl
-    except Exception as error:                             # broken is as good as missing
-        no_triton = f"importing the triton package failed ({error}); pip install triton==3.7.1"
-
-
-def jit(kernel):
-    """triton.jit, or without Triton the function itself, to be read and not run."""
-    # lengths stay variables: else each new one would compile anew
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=("T", "S", "window"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -48,12 +34,12 @@ def jit(kernel):
 def visible(T, S, window=None, device=None):
     """May query row i read key column j?  -> (T, S) bool
 
-    Query i and key j stand at positions of one common line; the answer is 0 <= i - j < window.
+    Query i and key j are positions in the same text; the answer is 0 <= i - j < window.
     So the window counts the query itself: `window` keys in all, not `window` keys before it.
-    (mesh-tensorflow's local attention, (p - radius, p]; transformers' GPTNeoSelfAttention, which
-    takes the exclusive or of two triangles to say the same.)
+    (mesh-tensorflow's local attention reads (p - radius, p]; transformers' GPTNeoSelfAttention
+    takes the exclusive or of two triangles, which is the same.)
 
-    Counting from the lower-right corner, the last query is the last position, makes one rule do
+    The last query is the last position.  Counting from this lower-right corner makes one rule do
     for prefill (T == S), decoding (T == 1) and chunks on a filled cache (1 < T < S).
     """
     i = torch.arange(S - T, S, device=device)[:, None]    # (T, 1) position of each query
@@ -73,34 +59,188 @@ def at_least_float32(dtype):
 
 
 def naive(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=False,
-          return_weights=False):
-    """softmax(q kᵀ · scale + mask) v, written as it is said.
+          mask_twice=False, return_weights=False):
+    """softmax(q kᵀ · scale + mask) v, in transformers' order of operations, to the last bit.
 
-    The order of operations is transformers' own, so that results agree to the last bit:
-    GPT-Neo casts q and k up before the product (`upcast`), GPT-NeoX lets half precision stand
-    until the softmax.  Forbidden scores become the lowest finite number rather than -inf: a padded
-    row that may read nothing then averages, where -inf would make it NaN.  What it averages differs:
-    GPT-NeoX fills in one mask, GPT-Neo fills in the rule and adds causal edge and padding on top.
+    `upcast` computes the scores in at least float32, as GPT-Neo does; GPT-NeoX computes them in the
+    model's dtype.  The softmax is in at least float32 in both.
+
+    A key that a query may not read gets the lowest finite number added to its score.  Its weight is
+    then 0, unless the query may read nothing at all (in a padded batch): such a query averages
+    values, where -inf would make it NaN.  GPT-Neo masks twice (`mask_twice`): it first replaces the
+    scores that the window or the causal edge forbids, then adds a mask of causal edge and padding.
+    This changes only what a query that may read nothing averages.
+    (transformers: eager_attention_forward in modeling_gpt_neox.py, GPTNeoSelfAttention._attn.)
     """
-    k, v = k.contiguous(), v.contiguous()        # as transformers' cache leaves them: other strides
-    if upcast:                                   # would round differently in some shapes
+    # transformers' cache hands on contiguous keys and values; other strides can round differently.
+    k, v = k.contiguous(), v.contiguous()
+    if upcast:
         q, k = q.to(at_least_float32(q.dtype)), k.to(at_least_float32(k.dtype))
     scores = q @ k.transpose(-2, -1)                                       # (B, H, T, S)
     if scale != 1.0:
         scores = scores * scale
     T, S = q.size(-2), k.size(-2)
     allowed = visible(T, S, window, q.device)                              # (T, S)
-    if key_mask is not None and not upcast:
+    lowest = torch.finfo(scores.dtype).min
+    if mask_twice:
+        scores = scores.masked_fill(~allowed, lowest)
+        allowed, lowest = visible(T, S, None, q.device), torch.finfo(v.dtype).min
+    if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]                     # (B, 1, T, S)
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    if key_mask is not None and upcast:
-        readable = visible(T, S, None, q.device) & key_mask[:, None, None, :]
-        scores = scores + torch.zeros_like(readable, dtype=v.dtype).masked_fill(
-            ~readable, torch.finfo(v.dtype).min)
+    scores = scores + torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, lowest)
+    if key_mask is not None:
+        # In float16 the sum can fall below the lowest number, to -inf.  Where a whole row does, the
+        # reference's output is NaN, which spreads to other tokens; here it stays finite.
+        scores = scores.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
     weights = scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(v.dtype)
     weights = F.dropout(weights, dropout)                                  # every row summed to 1
     out = weights @ v                                                      # (B, H, T, D)
     return (out, weights) if return_weights else out
+
+
+# ------------------------------------------------------------------------------------------------
+# The function that models call
+# ------------------------------------------------------------------------------------------------
+
+REFERENCE_NAMES = {"eager": "naive", "flash_attention_2": "flash"}     # transformers' names
+
+
+def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dropout=0.0,
+              upcast=False, mask_twice=False, return_weights=False):
+    """Causal attention of the last T of S positions.
+
+    q (B, H, T, D); k, v (B, H, S, D); key_mask (B, S) bool, False where a key is padding.
+    `scale` is required: GPT-Neo's is 1.0, and a default of 1/sqrt(D) would hide that.
+    `window` None reads every key up to the query, else the last `window` of them.
+    `dropout` drops attention weights with that probability (models pass 0.0 in eval mode).
+    `upcast` computes the scores in at least float32 (GPT-Neo), else in q's dtype (GPT-NeoX).
+    `mask_twice` masks as GPT-Neo does, see `naive`; the fused backends have no use for it.
+
+    Returns (B, H, T, D) in v's dtype; with `return_weights` also the weights (B, H, T, S).
+    Raises ValueError for shapes that do not fit and for a backend that is unknown or unable,
+    ImportError for a backend whose package is missing.
+    """
+    check_shapes(q, k, v, window, key_mask)
+    backend = choose_backend(backend, return_weights)
+    options = dict(scale=scale, window=window, key_mask=key_mask, dropout=dropout, upcast=upcast)
+    if backend == "naive":
+        options |= dict(mask_twice=mask_twice, return_weights=return_weights)
+    return BACKENDS[backend](q, k, v, **options)
+
+
+def choose_backend(name="auto", return_weights=False):
+    """Name of the backend that will run: a name that the user gives is checked, "auto" is decided.
+
+    Raises ValueError for an unknown name, or if attention weights are wanted from a fused backend
+    (it never forms them); ImportError if its package is missing.  A backend asked for by name is
+    never replaced by another.
+    """
+    if name == "auto":
+        return "naive" if return_weights else "sdpa"
+    name = REFERENCE_NAMES.get(name, name)
+    if name not in BACKENDS:
+        known = ["auto", *BACKENDS, *REFERENCE_NAMES]
+        raise ValueError(f"unknown attention backend {name!r}; choose one of {', '.join(known)}")
+    if return_weights and name != "naive":
+        raise ValueError(f"backend {name!r} never forms the attention weights; to see them use "
+                         "attn_implementation='naive' or 'auto'")
+    if name == "triton":
+        import_triton()
+    if name == "flash":
+        import_flash()
+    return name
+
+
+def check_shapes(q, k, v, window, key_mask):
+    """Raise ValueError, with the shapes, for arguments that no backend could answer rightly."""
+    fits = (q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2]
+            and q.size(-1) == k.size(-1) and 1 <= q.size(-2) <= k.size(-2))
+    if not fits:
+        raise ValueError("attention needs q (B, H, T, D) and k, v (B, H, S, D) with 1 <= T <= S, "
+                         f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (the query itself), got {window}")
+    if key_mask is not None and (key_mask.dtype != torch.bool
+                                 or key_mask.shape != (k.size(0), k.size(-2))):
+        raise ValueError(f"key_mask must be bool of shape (B, S) = {(k.size(0), k.size(-2))}, got "
+                         f"{key_mask.dtype} of shape {tuple(key_mask.shape)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The cache
+# ------------------------------------------------------------------------------------------------
+
+class KVCache:
+    """Keys and values of the tokens read so far, in buffers that are allocated once.
+
+    A global layer has a slot for each of `max_length` positions.  A local layer has `window` slots
+    and uses them as a ring, position p in slot p % window, since no later query can read further
+    back: at 2048 tokens GPT-Neo needs 56.25 % of the bytes of a cache that keeps everything.
+
+    `length` counts the tokens read.  It moves once per forward pass, after all layers.
+    """
+
+    def __init__(self, config, batch_size, max_length, dtype=torch.float32, device=None):
+        """config: GPTNeoConfig or GPTNeoXConfig, which know heads, head width and windows."""
+        self.length, self.max_length, self.batch_size = 0, max_length, batch_size
+        H, D = config.num_attention_heads, config.head_dim
+        slots = [max_length if w is None else min(w, max_length) for w in config.windows]
+        self.keys = [torch.zeros(batch_size, H, n, D, dtype=dtype, device=device) for n in slots]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+    @property
+    def nbytes(self):
+        """Bytes held, all layers."""
+        return sum(x.nbytes for x in [*self.keys, *self.values])
+
+    def check(self, B, T):
+        """Raise ValueError, with the numbers, if T more tokens for B rows do not fit."""
+        if B != self.batch_size:
+            raise ValueError(f"the cache was made for a batch of {self.batch_size}, got {B}")
+        if self.length + T > self.max_length:
+            raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens; "
+                             f"{T} more do not fit")
+
+    def append(self, layer, k, v, key_mask=None):
+        """Store one layer's new k, v (B, H, T, D) and return what its T queries may need.
+
+        Returns keys and values (B, H, S, D) and the columns of `key_mask` (B, length + T) that
+        belong to them.  Keys are in order of position, except for one new token on a full ring:
+        there all keys are visible, and their order makes no difference to attention.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        ring, past, T = keys.size(2), self.length, k.size(2)
+        if past + T <= ring:                                       # nothing to forget yet
+            keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
+            return keys[:, :, :past + T], values[:, :, :past + T], key_mask
+
+        if T == 1:                                                 # overwrite the oldest
+            slot = past % ring
+            keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
+            if key_mask is not None:                               # mask columns in slot order
+                key_mask = key_mask[:, -ring:].roll((past + 1) % ring, dims=1)
+            return keys, values, key_mask
+
+        # A chunk that does not fit the ring: its first queries still need keys that its last tokens
+        # overwrite.  So put together what is remembered, in order, and the new; then overwrite.
+        kept = min(past, ring)
+        old = torch.arange(past - kept, past, device=k.device) % ring
+        new = torch.arange(past + T - min(T, ring), past + T, device=k.device)
+        seen_k = torch.cat([keys[:, :, old], k], dim=2) if kept else k      # (B, H, kept + T, D)
+        seen_v = torch.cat([values[:, :, old], v], dim=2) if kept else v
+        keys[:, :, new % ring] = k[:, :, new - past]
+        values[:, :, new % ring] = v[:, :, new - past]
+        return seen_k, seen_v, None if key_mask is None else key_mask[:, -(kept + T):]
+
+    def advance(self, T):
+        """Count T tokens more, after they have passed through every layer."""
+        self.length += T
+
+    def keep(self, rows):
+        """Drop the other rows of the batch: rows (B,) bool, True for a row to keep."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.batch_size = int(rows.sum())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -127,18 +267,18 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
     if window is None or window >= S:
         return fused(q, k, v, scale, None, key_mask, dropout).to(dtype)
 
-    block = max(window, 64)                               # smaller blocks are all overhead
+    block = max(window, 64)                               # smaller blocks cost more than they save
     parts = []
     for rows in q.split(block, dim=-2):
-        end = S - T + sum(part.size(-2) for part in parts) + rows.size(-2)   # the last row's key, + 1
-        begin = max(0, end - rows.size(-2) - window + 1)                     # the first row's first key
+        end = S - T + sum(part.size(-2) for part in parts) + rows.size(-2)  # last row's key, + 1
+        begin = max(0, end - rows.size(-2) - window + 1)                    # first row's first key
         parts.append(fused(rows, k[:, :, begin:end], v[:, :, begin:end], scale, window,
                            None if key_mask is None else key_mask[:, begin:end], dropout))
     return torch.cat(parts, dim=-2).to(dtype)
 
 
 def fused(q, k, v, scale, window, key_mask, dropout):
-    """One call of torch's kernel, with the least mask that says what is visible."""
+    """One call of torch's kernel, with a mask only where is_causal does not say what is visible."""
     T, S = q.size(-2), k.size(-2)
     square = T == S and (window is None or window >= S)
     everything = T == 1 and (window is None or window >= S)
@@ -156,8 +296,8 @@ def fused(q, k, v, scale, window, key_mask, dropout):
 # The same, as a Triton kernel that knows the window
 # ------------------------------------------------------------------------------------------------
 #
-# Each program owns one block of queries of one head (in dk, dv: one block of keys) and walks only
-# the blocks of the other side that its band touches, so that the work is T · window, not T².
+# Each program computes one block of queries of one head (for dk and dv: one block of keys) and
+# visits only the blocks of keys (of queries) that the window reaches: T · window of work, not T².
 #
 #     forward    s  = q kᵀ · scale       p  = exp(s - m)         l = Σ p       o = p v / l
 #     backward   p  = exp(s - m) / l     dp = do vᵀ              delta = Σ p dp
@@ -165,8 +305,37 @@ def fused(q, k, v, scale, window, key_mask, dropout):
 #
 # m is a row's largest score.  It is known only at the end, so the forward pass keeps the largest so
 # far and, when that rises, shrinks what it has summed (online softmax: Milakov and Gimelshein 2018;
-# the tiling is FlashAttention's, Dao et al. 2022).  The backward pass forms p again from q, k, m, l.
+# the tiling is FlashAttention's, Dao et al. 2022).
+#
+# The backward pass computes p again from q, k, m and l.  A score that is rounded otherwise than in
+# the forward pass would make p more than 1 where all weight is on one key, and may overflow.  So
+# both backward kernels multiply q by kᵀ as the forward pass does, in blocks of queries that begin at
+# the same rows, and never let s - m be more than 0.
+#
 # Rows are addressed from a 64-bit base: offsets within a block fit 32 bits, whole tensors may not.
+
+def asked_to_interpret():
+    """Does the environment switch on Triton's interpreter?  Triton reads the variable so."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+
+
+# Triton takes a fifth of a second and 50 MB to import, so it is imported only where its kernels can
+# run, or where it is there already (benchmarks/kernels.py imports it, to compile without a GPU).
+triton, no_triton = None, ("there is no CUDA GPU; without one, set TRITON_INTERPRET=1 before "
+                           "Python starts (slow), or use 'sdpa'")
+if torch.cuda.is_available() or asked_to_interpret() or "triton" in sys.modules:
+    try:
+        import triton
+        import triton.language as tl
+    except Exception as error:                             # broken is as good as missing
+        no_triton = f"importing the triton package failed ({error}); pip install triton==3.7.1"
+
+
+def jit(kernel):
+    """triton.jit, or without Triton the function itself, to be read and not run."""
+    # Lengths stay variables: otherwise every new length would be compiled anew.
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=("T", "S", "window"))
+
 
 @jit
 def rows_of(X, strides, batch, head, first, N: tl.constexpr, D_PAD: tl.constexpr):
@@ -274,7 +443,7 @@ def dq_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DQ,
 
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale     # (ROWS, COLS)
             s = tl.where(seen, s, float("-inf"))
-            p = tl.exp(s - m[:, None]) * inverse[:, None]
+            p = tl.exp(tl.minimum(s - m[:, None], 0.0)) * inverse[:, None]
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             dp = tl.where(seen, dp, 0.0)
             if sweep == 0:
@@ -289,10 +458,14 @@ def dq_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DQ,
 
 @jit
 def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
-               q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, H, T, S, window, scale,
+               q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
+               H, T, S, window, scale,
                D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """dk and dv of ROWS keys; the queries that read them come COLS at a time.  Tiles are transposed:
-    a row is a key, a column a query."""
+    """dk and dv of ROWS keys; the queries that read them come COLS at a time.
+
+    Scores are multiplied as in the forward pass, q kᵀ, and then transposed: a row is a key, a
+    column a query.
+    """
     batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     first = tl.program_id(1) * ROWS
     j = first + tl.arange(0, ROWS)                                         # the keys' positions
@@ -302,7 +475,7 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
 
     dk = tl.zeros((ROWS, D_PAD), tl.float32)
     dv = tl.zeros((ROWS, D_PAD), tl.float32)
-    begin = tl.maximum(first - (S - T), 0)                                 # my first key's own query
+    begin = tl.maximum(first - (S - T), 0) // COLS * COLS                  # where my first key's own query is
     end = tl.minimum(first + ROWS - 1 + window - (S - T), T)               # my last key's last reader, + 1
     for start in range(begin, end, COLS):
         row = start + tl.arange(0, COLS)
@@ -315,11 +488,11 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
         gap = (S - T + row)[None, :] - j[:, None]
         seen = (gap >= 0) & (gap < window) & key_ok[:, None] & (row < T)[None, :]
 
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale         # (ROWS, COLS)
+        s = tl.trans(tl.dot(q, tl.trans(k), input_precision="ieee")) * scale    # (ROWS, COLS)
         s = tl.where(seen, s, float("-inf"))
-        p = tl.exp(s - m[None, :]) * inverse[None, :]
+        p = tl.exp(tl.minimum(s - m[None, :], 0.0)) * inverse[None, :]
         dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        dp = tl.trans(tl.dot(do, tl.trans(v), input_precision="ieee"))
         dp = tl.where(seen, dp, 0.0)
         ds = p * (dp - delta[None, :])
         dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
@@ -330,9 +503,9 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
-# Rows of the own side × of the other side, warps; by kernel and D_PAD.  Of the shapes that ptxas
-# compiles without spilling registers (python benchmark.py kernels), the larger ones.  No GPU was at
-# hand to time them.  float32 has no tensor cores and wants small tiles: 16 × 16, and these warps.
+# ROWS, COLS and warps of each kernel, by D_PAD: the largest that ptxas compiled without spilling
+# registers to memory (python benchmark.py kernels).  No GPU was at hand to time them.  float32 has
+# no tensor cores and needs small tiles: 16 × 16, with the warps of the second table.
 BLOCKS = {
     forward_kernel: {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
     dq_kernel:      {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
@@ -346,12 +519,14 @@ WARPS_FLOAT32 = {
 
 
 def block_sizes(kernel, D, dtype):
-    """How a kernel is cut for heads D wide."""
+    """Sizes of a kernel's tiles for heads D wide: keyword arguments of its launch."""
     D_PAD = max(16, 1 << (D - 1).bit_length())                             # what tl.dot multiplies
     rows, cols, warps = BLOCKS[kernel][max(64, D_PAD)]
     if dtype == torch.float32:
         rows, cols, warps = 16, 16, WARPS_FLOAT32[kernel][max(64, D_PAD)]
-    return dict(D=D, D_PAD=D_PAD, ROWS=rows, COLS=cols, num_warps=warps, num_stages=2)
+    one_stage = kernel is dkv_kernel and (dtype == torch.float32 or D_PAD == 256)  # two would spill
+    return dict(D=D, D_PAD=D_PAD, ROWS=rows, COLS=cols, num_warps=warps,
+                num_stages=1 if one_stage else 2)
 
 
 def launch(kernel, rows, q, arguments):
@@ -370,7 +545,7 @@ def triton_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: 
     m and l are kept apart, since their sum, the log-sum-exp, is rounded where p feels it.
     """
     (B, H, T, _), S = q.shape, k.size(2)
-    o = torch.empty_like(q)                                # in q's layout: heads join without a copy
+    o = torch.empty_like(q)                                # in q's layout: heads join uncopied
     m, l = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     launch(forward_kernel, T, q, (q, k, v, key_mask, o, m, l, q.stride(), k.stride(), v.stride(),
                                   o.stride(), H, T, S, window, scale))
@@ -384,17 +559,18 @@ def _(q, k, v, key_mask, scale, window):
 
 
 @torch.library.custom_op("window_attention::backward", mutates_args=())
-def triton_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None,
-                    m: torch.Tensor, l: torch.Tensor, do: torch.Tensor,
-                    scale: float, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def triton_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                    key_mask: torch.Tensor | None, m: torch.Tensor, l: torch.Tensor,
+                    do: torch.Tensor, scale: float, window: int
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq (B, H, T, D), dk and dv (B, H, S, D) from the gradient do (B, H, T, D)."""
     (_, H, T, _), S = q.shape, k.size(2)
     do = do if do.stride(-1) == 1 else do.contiguous()
     delta, dq, dk, dv = (torch.empty_like(x) for x in (m, q, k, v))
-    launch(dq_kernel, T, q, (q, k, v, key_mask, do, m, l, delta, dq, q.stride(), k.stride(), v.stride(),
-                             do.stride(), dq.stride(), H, T, S, window, scale))
-    launch(dkv_kernel, S, q, (q, k, v, key_mask, do, m, l, delta, dk, dv, q.stride(), k.stride(), v.stride(),
-                              do.stride(), dk.stride(), dv.stride(), H, T, S, window, scale))
+    inputs = (q, k, v, key_mask, do, m, l, delta)
+    strides, sizes = [x.stride() for x in (q, k, v, do)], (H, T, S, window, scale)
+    launch(dq_kernel, T, q, (*inputs, dq, *strides, dq.stride(), *sizes))
+    launch(dkv_kernel, S, q, (*inputs, dk, dv, *strides, dk.stride(), dv.stride(), *sizes))
     return dq, dk, dv
 
 
@@ -416,23 +592,24 @@ triton_forward.register_autograd(run_backward, setup_context=save_for_backward)
 
 
 def triton_attention(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=False):
-    """The kernel, on a CUDA GPU or, slowly, in Triton's interpreter.
+    """Our kernel, on a CUDA GPU or, slowly, in Triton's interpreter.
 
     `upcast` changes nothing: tl.dot sums in float32 whatever it multiplies.  A query that may read
-    nothing (padding) gives 0.  Raises ImportError without triton, ValueError for tensors that the
-    kernel cannot take and for dropout, which it does not have.
+    nothing (padding) gives 0.  Raises ImportError without triton, ValueError for dropout, which the
+    kernel does not have, and for tensors that it cannot take.
     """
     import_triton()
     if not q.is_cuda and not INTERPRETED:
-        raise ValueError(f"attention backend 'triton' runs on a CUDA GPU, got tensors on {q.device}; use "
-                         "'sdpa', or set TRITON_INTERPRET=1 before Python starts (slow)")
+        raise ValueError("attention backend 'triton' runs on a CUDA GPU, got tensors on "
+                         f"{q.device}; use 'sdpa', or set TRITON_INTERPRET=1 before Python starts "
+                         "(slow)")
     check_tensors("triton", q, k, v, (torch.float32, torch.float16, torch.bfloat16))
     if dropout:
-        raise ValueError(f"attention backend 'triton' has no dropout, got {dropout}; use 'sdpa', or "
-                         "set the config's attention dropout to 0")
+        raise ValueError(f"attention backend 'triton' has no dropout, got {dropout}; use 'sdpa', "
+                         "or set the config's attention dropout to 0")
     dtype, S = v.dtype, k.size(2)
-    if INTERPRETED and dtype == torch.bfloat16:            # the interpreter's tl.dot multiplies the bit
-        q, k, v = q.float(), k.float(), v.float()          # patterns of bfloat16; float32 holds each value
+    if INTERPRETED and dtype == torch.bfloat16:            # the interpreter multiplies bit patterns
+        q, k, v = q.float(), k.float(), v.float()          # of bfloat16; float32 holds each value
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     key_mask = None if key_mask is None else key_mask.contiguous()
     o, _, _ = triton_forward(q, k, v, key_mask, scale, S if window is None else min(window, S))
@@ -446,14 +623,15 @@ def import_triton():
 
 
 def check_tensors(backend, q, k, v, dtypes):
-    """Raise ValueError for dtypes and head widths that a kernel was not made for."""
+    """Raise ValueError for dtypes and head widths that a kernel does not support."""
     if q.dtype not in dtypes or not q.dtype == k.dtype == v.dtype:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"attention backend {backend!r} takes q, k and v of one dtype, of {known} on "
-                         f"{q.device.type}, got {q.dtype}, {k.dtype}, {v.dtype}; use 'naive' or 'sdpa'")
+        raise ValueError(f"attention backend {backend!r} takes q, k and v of one dtype, of {known} "
+                         f"on {q.device.type}, got {q.dtype}, {k.dtype}, {v.dtype}; use 'naive' or "
+                         "'sdpa'")
     if q.size(-1) > 256:
-        raise ValueError(f"attention backend {backend!r} takes heads up to 256 wide, got {q.size(-1)}; "
-                         "use 'naive' or 'sdpa'")
+        raise ValueError(f"attention backend {backend!r} takes heads up to 256 wide, got "
+                         f"{q.size(-1)}; use 'naive' or 'sdpa'")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -465,8 +643,8 @@ def flash(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
 
     They count the keys *before* the query, so our window W is their (W - 1, 0).  (transformers' own
     FlashAttention path of GPT-Neo passes no window at all: its local layers read everything.)
-    `upcast` changes nothing, as above.  Padded batches are packed, and a padded query gives 0.
-    Raises ImportError without the package, ValueError for what it cannot do.
+    `upcast` changes nothing: these kernels too sum in float32.  Padded batches are packed, and a
+    padded query gives 0.  Raises ImportError without the package, ValueError for what it cannot do.
     """
     flash_attn = import_flash()
     check_flash(q, k, v)
@@ -481,14 +659,16 @@ def flash(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
     if key_mask is None:
         return flash_attn.flash_attn_func(q, k, v, **how).transpose(1, 2)
 
-    if "window_size" in how and (key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1).add(key_mask[:, 0]).gt(1).any():
-        raise ValueError("attention backend 'flash' packs the keys of a padded batch side by side, so a "
-                         "gap between them would change the window; use 'sdpa' or 'naive'")
-    real = key_mask[:, S - T:]                                              # (B, T) queries worth asking
+    runs = (key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1) + key_mask[:, 0]    # (B,) stretches of keys
+    if "window_size" in how and runs.gt(1).any():
+        raise ValueError("attention backend 'flash' packs the keys of a padded batch side by side, "
+                         "so a gap between them would change the window; use 'sdpa' or 'naive'")
+    real = key_mask[:, S - T:]                                              # (B, T) not padding
     starts = [F.pad(x.sum(1).cumsum(0), (1, 0)).int() for x in (real, key_mask)]
     longest = [int(x.sum(1).max()) for x in (real, key_mask)]
     out = torch.zeros_like(q)
-    out[real] = flash_attn.flash_attn_varlen_func(q[real], k[key_mask], v[key_mask], *starts, *longest, **how)
+    out[real] = flash_attn.flash_attn_varlen_func(q[real], k[key_mask], v[key_mask], *starts,
+                                                  *longest, **how)
     return out.transpose(1, 2)
 
 
@@ -498,169 +678,27 @@ def import_flash():
         import flash_attn
         return flash_attn
     except Exception as error:
-        raise ImportError("attention backend 'flash' (flash_attention_2) needs the flash-attn package and a "
-                          f"CUDA GPU; importing it failed: {error}.  'sdpa' runs anywhere") from error
+        raise ImportError("attention backend 'flash' (flash_attention_2) needs the flash-attn "
+                          f"package and a CUDA GPU; importing it failed: {error}.  'sdpa' runs anywhere"
+                          ) from error
 
 
 def check_flash(q, k, v):
-    """Raise ValueError for tensors that flash-attn would refuse from deep inside, or get wrong."""
-    own_triton = getattr(import_flash().flash_attn_interface, "USE_TRITON_ROCM", False)
-    if q.is_cuda:
-        dtypes = (torch.float16, torch.bfloat16)
-    elif own_triton and INTERPRETED:                       # for tests; bfloat16 is garbage there
-        dtypes = (torch.float32, torch.float16)
-    else:
-        raise ValueError(f"attention backend 'flash' (flash_attention_2) needs a CUDA GPU, got tensors on "
-                         f"{q.device}; use 'sdpa'")
-    check_tensors("flash", q, k, v, dtypes)
+    """Raise ValueError for tensors that flash-attn cannot take."""
+    if not q.is_cuda:
+        raise ValueError("attention backend 'flash' (flash_attention_2) needs a CUDA GPU, got "
+                         f"tensors on {q.device}; use 'sdpa'")
+    check_tensors("flash", q, k, v, (torch.float16, torch.bfloat16))
 
 
 @functools.lru_cache(maxsize=None)
 def keeps_windows(device, dtype):
-    """Does flash-attn do as it is told?  With a window of one key, attention must give back v."""
+    """Does this flash-attn obey window_size?  With a window of one key, attention must return v."""
     x = torch.eye(16, dtype=dtype, device=device)[None, :, None]            # (1, T, 1, D)
+    attend = import_flash().flash_attn_func
     with torch.no_grad():
-        return torch.equal(import_flash().flash_attn_func(x, x, x, causal=True, window_size=(0, 0)), x)
+        return torch.equal(attend(x, x, x, causal=True, window_size=(0, 0)), x)
 
 
-# ------------------------------------------------------------------------------------------------
-# The dispatch
-# ------------------------------------------------------------------------------------------------
-
+# What `attention` chooses from.
 BACKENDS = {"naive": naive, "sdpa": sdpa, "triton": triton_attention, "flash": flash}
-REFERENCE_NAMES = {"eager": "naive", "flash_attention_2": "flash"}          # what transformers calls ours
-
-
-def choose_backend(name="auto", return_weights=False):
-    """Name of the backend that will run: a user's word is checked, "auto" is decided.
-
-    Raises ValueError for an unknown name, or if attention weights are wanted from a fused backend
-    (it never forms them); ImportError if its package is missing.  Nothing is ever substituted for a
-    backend asked for by name.
-    """
-    if name == "auto":
-        return "naive" if return_weights else "sdpa"
-    name = REFERENCE_NAMES.get(name, name)
-    if name not in BACKENDS:
-        known = ["auto", *BACKENDS, *REFERENCE_NAMES]
-        raise ValueError(f"unknown attention backend {name!r}; choose one of {', '.join(known)}")
-    if return_weights and name != "naive":
-        raise ValueError(f"backend {name!r} never forms the attention weights; to see them use "
-                         "attn_implementation='naive' or 'auto'")
-    if name == "triton":
-        import_triton()
-    if name == "flash":
-        import_flash()
-    return name
-
-
-def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dropout=0.0,
-              upcast=False, return_weights=False):
-    """Causal attention of the last T of S positions.
-
-    q (B, H, T, D); k, v (B, H, S, D); key_mask (B, S) bool, False where a key is padding.
-    `scale` is required: GPT-Neo's is 1.0, and a default of 1/sqrt(D) would hide that.
-    `window` None reads every key up to the query, else the last `window` of them.
-    `dropout` drops attention weights with that probability (models pass 0.0 in eval mode).
-    `upcast` forms the scores in at least float32 (GPT-Neo), else in q's dtype (GPT-NeoX).
-
-    Returns (B, H, T, D) in v's dtype; with `return_weights` also the weights (B, H, T, S).
-    Raises ValueError for shapes that do not fit and for a backend that is unknown or unable.
-    """
-    check_shapes(q, k, v, window, key_mask)
-    backend = choose_backend(backend, return_weights)
-    extra = {"return_weights": True} if return_weights else {}
-    return BACKENDS[backend](q, k, v, scale=scale, window=window, key_mask=key_mask,
-                             dropout=dropout, upcast=upcast, **extra)
-
-
-def check_shapes(q, k, v, window, key_mask):
-    """Raise ValueError, with the shapes, for arguments that no backend could answer rightly."""
-    fits = (q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2]
-            and q.size(-1) == k.size(-1) and 1 <= q.size(-2) <= k.size(-2))
-    if not fits:
-        raise ValueError("attention needs q (B, H, T, D) and k, v (B, H, S, D) with 1 <= T <= S, got "
-                         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the query itself), got {window}")
-    if key_mask is not None and (key_mask.dtype != torch.bool
-                                 or key_mask.shape != (k.size(0), k.size(-2))):
-        raise ValueError(f"key_mask must be bool of shape (B, S) = {(k.size(0), k.size(-2))}, got "
-                         f"{key_mask.dtype} of shape {tuple(key_mask.shape)}")
-
-
-# ------------------------------------------------------------------------------------------------
-# The cache
-# ------------------------------------------------------------------------------------------------
-
-class KVCache:
-    """Keys and values of the tokens read so far, allocated once.
-
-    A global layer has a slot for each of `max_length` positions.  A local layer has `window` slots
-    and uses them as a ring, position p in slot p % window, since no later query can read further
-    back: at 2048 tokens GPT-Neo needs 56.25 % of the bytes of a cache that keeps everything.
-
-    `length` counts the tokens read.  It moves once per forward pass, after all layers.
-    """
-
-    def __init__(self, config, batch_size, max_length, dtype=torch.float32, device=None):
-        """config: GPTNeoConfig or GPTNeoXConfig, which know heads, head width and windows."""
-        self.length, self.max_length, self.batch_size = 0, max_length, batch_size
-        H, D = config.num_attention_heads, config.head_dim
-        slots = [max_length if w is None else min(w, max_length) for w in config.windows]
-        self.keys = [torch.zeros(batch_size, H, n, D, dtype=dtype, device=device) for n in slots]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-
-    @property
-    def nbytes(self):
-        """Bytes held, all layers."""
-        return sum(x.nbytes for x in [*self.keys, *self.values])
-
-    def check(self, B, T):
-        """Raise ValueError, with the numbers, if T more tokens for B rows do not fit."""
-        if B != self.batch_size:
-            raise ValueError(f"the cache was made for a batch of {self.batch_size}, got {B}")
-        if self.length + T > self.max_length:
-            raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens; "
-                             f"{T} more do not fit")
-
-    def append(self, layer, k, v, key_mask=None):
-        """Store one layer's new k, v (B, H, T, D) and return what its T queries may need.
-
-        Returns keys and values (B, H, S, D) and the columns of `key_mask` (B, length + T) that
-        belong to them.  Keys stand in order of position, except for one new token on a full ring:
-        there all of them are visible, and attention does not care in which order it reads them.
-        """
-        keys, values = self.keys[layer], self.values[layer]
-        ring, past, T = keys.size(2), self.length, k.size(2)
-        if past + T <= ring:                                       # nothing to forget yet
-            keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
-            return keys[:, :, :past + T], values[:, :, :past + T], key_mask
-
-        if T == 1:                                                 # the oldest makes room
-            slot = past % ring
-            keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
-            if key_mask is not None:                               # mask columns in slot order
-                key_mask = key_mask[:, -ring:].roll((past + 1) % ring, dims=1)
-            return keys, values, key_mask
-
-        # A chunk that crosses the edge: its first queries still need keys that its last ones push
-        # out, so read (what is remembered, in order) + (the new), and only then overwrite.
-        kept = min(past, ring)
-        old = torch.arange(past - kept, past, device=k.device) % ring
-        new = torch.arange(past + T - min(T, ring), past + T, device=k.device)
-        seen_k = torch.cat([keys[:, :, old], k], dim=2) if kept else k      # (B, H, kept + T, D)
-        seen_v = torch.cat([values[:, :, old], v], dim=2) if kept else v
-        keys[:, :, new % ring] = k[:, :, new - past]
-        values[:, :, new % ring] = v[:, :, new - past]
-        return seen_k, seen_v, None if key_mask is None else key_mask[:, -(kept + T):]
-
-    def advance(self, T):
-        """T tokens have passed through every layer."""
-        self.length += T
-
-    def keep(self, rows):
-        """Forget all rows of the batch but these: rows (B,) bool."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
-        self.batch_size = int(rows.sum())

@@ -165,9 +165,9 @@ class Attention(nn.Module):
         # initial q weights (fold_scaling_into_initializer), and training went on from there.
         out = attention(q, k, v, scale=1.0, window=self.window, backend=backend, key_mask=key_mask,
                         dropout=self.attention_dropout if self.training else 0.0,
-                        upcast=True, return_weights=return_weights)
+                        upcast=True, mask_twice=True, return_weights=return_weights)
         y, weights = out if return_weights else (out, None)                 # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)                              # heads side by side
+        y = y.transpose(1, 2).contiguous().view(B, T, C)                    # heads side by side
         return self.out_proj(y), weights
 
 

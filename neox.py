@@ -183,7 +183,7 @@ class Attention(nn.Module):
                         key_mask=key_mask, dropout=self.attention_dropout if self.training else 0.0,
                         return_weights=return_weights)
         y, weights = out if return_weights else (out, None)                 # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)                              # heads side by side
+        y = y.transpose(1, 2).contiguous().view(B, T, C)                    # heads side by side
         return self.out_proj(y), weights
 
 

@@ -9,6 +9,7 @@ peak, could do as much.  What a GPU would really take, only a GPU can say: `pyth
 """
 
 import concurrent.futures
+import importlib
 import multiprocessing
 import os
 import re
@@ -100,7 +101,10 @@ def compile_all(widths, dtypes):
             for dtype in dtypes for padded in (False, True)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        # Each process imports Triton first, so that attention.py has its kernels without a GPU.
+        with concurrent.futures.ProcessPoolExecutor(
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=importlib.import_module, initargs=("triton",)) as pool:
             return list(pool.map(compiled, jobs))
 
 
@@ -131,8 +135,10 @@ def tiles(name, T, window, D):
     """Tiles that each program of a kernel visits, T = S: a list, a number for each block of its own side."""
     sizes = A.block_sizes(KERNELS[name], D, torch.float16)
     own, other = sizes["ROWS"], sizes["COLS"]
-    if name == "dk, dv":                                   # from its first key to its last key's last reader
-        lengths = [min(first + own - 1 + window, T) - first for first in range(0, T, own)]
+    if name == "dk, dv":                                   # from its first key's block of queries to
+                                                           # its last key's last reader
+        lengths = [min(first + own - 1 + window, T) - first // other * other
+                   for first in range(0, T, own)]
     else:                                                  # from its first query's first key to its last query
         lengths = [min(first + own, T) - max(0, first - window + 1) for first in range(0, T, own)]
     return [-(-length // other) for length in lengths]
@@ -167,7 +173,8 @@ def show_computed(T, window, heads, D):
 def run():
     """Both tables.  Exits with status 1 if a kernel spills, does not fit, or leaves the tensor cores idle."""
     if A.triton is None or A.INTERPRETED:
-        raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and TRITON_INTERPRET not set to 1")
+        raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and TRITON_INTERPRET "
+                         "not set to 1")
     found = compile_all(WIDTHS, DTYPES)
     print("\nCompiled ahead of time, without a GPU: the most registers, spilled bytes and shared memory, and the fewest "
           "tensor-core\ninstructions, of float16 and bfloat16, with key padding and without\n")

@@ -12,9 +12,9 @@ import torch
 
 import attention
 import benchmark
+from attention_cases import key_blocks
 from benchmarks import gpu, kernels
 from conftest import ROOT
-from test_triton import touched
 
 
 def run(*command, **extra):
@@ -25,9 +25,9 @@ def run(*command, **extra):
 
 def test_kernels_compile_without_a_spill():
     """Width 64, half precision, A100 and H100, with padding and without; `benchmark.py kernels` does all."""
-    code = ("import json\nfrom benchmarks import kernels as K\n"
+    code = ("import json, triton\nfrom benchmarks import kernels as K\n"
             "if __name__ == '__main__': print(json.dumps([K.failures(found := K.compile_all((64,), ('fp16',))), found]))")
-    out = run("-c", code, TRITON_INTERPRET="0")            # imported, and not interpreted
+    out = run("-c", code)
     assert out.returncode == 0, out.stderr
     failed, found = json.loads(out.stdout)
     assert failed == [] and len(found) == 12
@@ -53,7 +53,7 @@ def test_tiles_are_those_of_the_mask(name, T, window):
         expected.append(-(-(int(columns.max() - columns.min()) + 1) // sizes["COLS"]))
     assert kernels.tiles(name, T, window, 64) == expected
     if name == "forward":
-        assert expected == touched(T, T, window, 64, 64)
+        assert expected == key_blocks(T, T, window, 64, 64)
 
 
 @pytest.mark.slow

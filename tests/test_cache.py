@@ -1,40 +1,13 @@
 """The KV cache: what it forgets must not be missed."""
 
-import random
-
 import pytest
 import torch
 
 from attention import KVCache
-from helpers import ours, random_case, relative
+from attention_cases import cached_errors
+from helpers import ours, random_case
 from neo import GPTNeoConfig
 from neox import GPTNeoXConfig
-
-
-def run_in_chunks(model, ids, sizes, mask=None, position_ids=None):
-    """Logits of ids (B, T), read through a cache in chunks of these sizes."""
-    cache = KVCache(model.config, ids.size(0), ids.size(1), model.dtype)
-    parts, start = [], 0
-    for n in sizes:
-        end = start + n
-        parts.append(model(ids[:, start:end], cache=cache,
-                           attention_mask=None if mask is None else mask[:, :end],
-                           position_ids=None if position_ids is None else position_ids[:, start:end]).logits)
-        start = end
-    assert cache.length == ids.size(1)
-    return torch.cat(parts, 1)
-
-
-def chunkings(T, window, seed):
-    """One token at a time; two halves; and random chunks that are often about as long as the window."""
-    draw, sizes = random.Random(seed), []
-    yield [1] * T
-    yield [T - 1, 1]
-    for _ in range(3):
-        sizes = []
-        while sum(sizes) < T:
-            sizes.append(min(draw.choice([1, 2, window or 3, (window or 3) + 1, 17]), T - sum(sizes)))
-        yield sizes
 
 
 @pytest.mark.parametrize("backend", ["naive", "sdpa"])
@@ -44,16 +17,8 @@ def test_cached_equals_uncached_at_every_step(seed, padded, backend):
     """Through the window's edge, in any chunks, with left padding longer than the window."""
     case = random_case(seed)
     model, ids = ours(case, torch.float64, backend), case.ids.repeat(2, 40)[:2, :60]
-    mask = position_ids = None
-    real = torch.ones_like(ids, dtype=torch.bool)
-    if padded:
-        mask = (torch.arange(60)[None] >= torch.tensor([[31], [3]])).long()
-        position_ids, real = (mask.cumsum(-1) - 1).clamp(min=0), mask.bool()
-    with torch.no_grad():
-        whole = model(ids, attention_mask=mask, position_ids=position_ids).logits
-        for sizes in chunkings(60, case.window, seed):
-            parts = run_in_chunks(model, ids, sizes, mask, position_ids)
-            assert relative(parts[real], whole[real]) < 1e-12, sizes
+    for sizes, error in cached_errors(model, ids, case.window, padded, seed):
+        assert error < 1e-12, sizes
 
 
 def test_bytes_at_2048_tokens():

@@ -1,10 +1,9 @@
 """The Triton kernel against the definition, in Triton's interpreter (conftest.py switches it on).
 
-What the interpreter cannot show (tensor cores, tf32, shared memory, races) is looked for in the compiled
-code instead: `python benchmark.py kernels`, of which a part runs here.
+The interpreter does not show tensor cores, tf32, shared memory and races.  Some of that can be read
+off the compiled code: `python benchmark.py kernels`, of which test_benchmark.py runs a part.
 """
 
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -16,106 +15,49 @@ from hypothesis import given, settings, strategies
 from triton.runtime.interpreter import InterpreterBuilder
 
 import attention as A
+from attention_cases import (LAYOUTS, NAMES, all_of, error_ratios, key_blocks, padding, query_blocks,
+                             random_call, tensors)
 from conftest import ROOT
-from helpers import ours, random_case, relative
+from helpers import FLOATS, ours, random_case, relative
 from neo import GPTNeoForCausalLM
 from neox import GPTNeoXForCausalLM
 
-WIDTHS = [4, 8, 16, 32, 48, 64, 80, 96, 128, 256]          # every head width of the official models
-NAMES = ("out", "dq", "dk", "dv")
+HALF = (torch.float16, torch.bfloat16)
+SLOW = pytest.mark.slow
 
 
-def tensors(generator, B, H, T, S, D, dtype=torch.float64, layout="(B, H, T, D)"):
-    """q, k, v and the gradient of the output, in one of the layouts that models and caches hand over."""
-    def one(n):
-        if layout == "(B, T, H, D)":                       # a projection's view
-            return torch.randn(B, n, H, D, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
-        if layout == "part of a larger one":               # a cache, or a third of a fused projection
-            whole = torch.randn(B, H, n + 5, D + 3, generator=generator, dtype=torch.float64).to(dtype)
-            return whole[:, :, 2:n + 2, 1:D + 1]
-        if layout == "last dimension strided":
-            return torch.randn(B, H, D, n, generator=generator, dtype=torch.float64).to(dtype).mT
-        return torch.randn(B, H, n, D, generator=generator, dtype=torch.float64).to(dtype)
-    return one(T), one(S), one(S), one(T)
-
-
-LAYOUTS = ["(B, H, T, D)", "(B, T, H, D)", "part of a larger one", "last dimension strided"]
-
-
-def padding(generator, B, T, S, side):
-    """key_mask (B, S): up to a third of each row is padding on that side, row 0 none."""
-    if side is None:
-        return None
-    n = torch.randint(0, S // 3 + 1, (B, 1), generator=generator)
-    n[0] = 0
-    j = torch.arange(S)[None]
-    return j >= n if side == "left" else j < S - n
-
-
-def readers(T, S, window, key_mask):
-    """(B or 1, 1, T, 1) bool: which queries may read anything?"""
-    seen = A.visible(T, S, window)[None]
-    if key_mask is not None:
-        seen = seen & key_mask[:, None, :]
-    return seen.any(-1)[:, None, :, None]
-
-
-def all_of(backend, q, k, v, do, how, dtype=None):
-    """Output and gradients; queries that may read nothing are left out of both."""
-    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v)]
-    real = readers(q.size(2), k.size(2), how["window"], how["key_mask"])
-    out = A.attention(*leaves, **how, backend=backend) * real
-    out.backward(do.to(out.dtype) * real)
-    return [out.detach(), *(x.grad for x in leaves)]
-
-
-def random_call(seed, dtype):
-    """Any width, any T and S, windows about the block sizes, all layouts, padding."""
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    D, S = WIDTHS[seed % len(WIDTHS)], draw.choice([1, 15, 16, 17, 40, 64, 65, 130])
-    T, B, H = draw.choice([S, S, 1, draw.randint(1, S)]), draw.choice([1, 2]), draw.choice([1, 2])
-    window = draw.choice([None, 1, 2, 15, 16, 17, 63, 64, 65, 400])
-    inputs = tensors(generator, B, H, T, S, D, dtype, draw.choice(LAYOUTS))
-    key_mask = padding(generator, B, T, S, draw.choice([None, None, "left", "right"]))
-    return inputs, dict(scale=draw.choice([1.0, D ** -0.5]), window=window, key_mask=key_mask)
-
-
-def error_ratios(dtype, upcast, seeds):
-    """{output: the kernel's error over naive's}, both against float64, normed over all calls together."""
-    error = {backend: dict.fromkeys(NAMES, 0.0) for backend in ("naive", "triton")}
-    for seed in seeds:
-        (q, k, v, do), how = random_call(seed, dtype)
-        how["upcast"] = upcast
-        truth = all_of("naive", q, k, v, do, how, torch.float64)
-        for backend in error:
-            for name, x, true in zip(NAMES, all_of(backend, q, k, v, do, how), truth):
-                error[backend][name] += (x.double() - true).norm().item() ** 2
-    return {name: (error["triton"][name] / error["naive"][name]) ** 0.5 for name in NAMES}
-
-
-@pytest.mark.parametrize("upcast", [True, False], ids=["GPT-Neo", "GPT-NeoX"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 120), marks=pytest.mark.slow)], ids=["20", "100"])
+# The bounds are the project's promise.  Measured over OPENBLAS_CORETYPE=Haswell, Zen and SkylakeX
+# (numpy multiplies in the interpreter), ATEN_CPU_CAPABILITY=default and avx2, MKL_ENABLE_INSTRUCTIONS=
+# SSE4_2 and AVX2, ONEDNN_MAX_CPU_ISA=AVX2 and 1, 2 and 4 threads: at most MEASURED.
+@pytest.mark.parametrize("dtype, upcast, seeds", [
+    pytest.param(dtype, upcast, seeds, id=f"{dtype} upcast={upcast} {len(seeds)}",
+                 marks=[SLOW] if len(seeds) > 20 else [])
+    for dtype, upcast, seeds in [
+        (torch.float32, False, range(20)), (torch.float16, True, range(20)),
+        (torch.float16, False, range(20)), (torch.bfloat16, True, range(20)),
+        (torch.bfloat16, False, range(20)), (torch.float32, False, range(1000, 1100)),
+        *((dtype, upcast, range(20, 120)) for dtype in FLOATS for upcast in (True, False)
+          if dtype in HALF or not upcast)]])
 def test_error_against_float64(dtype, upcast, seeds):
-    """At most 1.2 times naive's own error in the same dtype, 2 times for the gradients.  (float32 is the
-    same function with and without upcast.)"""
-    if upcast and dtype == torch.float32:
-        seeds = [seed + 1000 for seed in seeds]
-    ratios = error_ratios(dtype, upcast, seeds)
+    """At most 1.2 times naive's own error in the same dtype, 2 times for the gradients.
+
+    For float32 `upcast` makes no difference.
+    """
+    ratios = error_ratios("triton", dtype, upcast, seeds)
     print(dtype, f"upcast={upcast}", {name: f"{ratio:.2f}" for name, ratio in ratios.items()})
     assert ratios["out"] <= 1.2 and max(ratios.values()) <= 2.0
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(strategies.data())
 def test_every_number_is_right(data):
     """Float32, element by element, on shapes that hypothesis shrinks to the smallest wrong one."""
     def draw(name, *values):
         return data.draw(strategies.sampled_from(values), label=name)
 
-    S = data.draw(strategies.integers(1, 70), label="S")
+    S = data.draw(strategies.integers(1, 50), label="S")   # up to four blocks of 16
     T = data.draw(strategies.integers(1, S), label="T")
-    B, H, D = draw("B", 1, 2), draw("H", 1, 3), draw("D", 4, 16, 48, 80)
+    (B, H), D = draw("B, H", (1, 1), (1, 2), (2, 1)), draw("D", 4, 16, 48, 80)
     window = draw("window", None, 1, 2, 15, 16, 17, 33, S, S + 1)
     generator = torch.Generator().manual_seed(S * 100 + T)
     q, k, v, do = tensors(generator, B, H, T, S, D, torch.float32, draw("layout", *LAYOUTS))
@@ -165,25 +107,38 @@ def test_a_nan_value_stays_among_the_query_blocks_that_visit_it():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")      # in masked scores
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
-def test_nothing_is_read_outside_the_band(poison):
-    """Before the first query's window, after the last query, in padding: poison there changes nothing, in
-    the output or in any gradient."""
-    q, k, v, do = tensors(torch.Generator().manual_seed(0), 2, 2, 50, 130, 16, torch.float32)
+def test_nothing_is_read_outside_the_band():
+    """Before the first query's window, and in padding: poison there changes nothing, in the output or
+    in any gradient."""
+    q, k, v, do = tensors(torch.Generator().manual_seed(0), 2, 1, 50, 130, 16, torch.float32)
     key_mask = torch.ones(2, 130, dtype=torch.bool)
     key_mask[1, 90:95] = False
     how = dict(scale=1.0, window=20, key_mask=key_mask)
     clean = all_of("triton", q, k, v, do, how)
-    k[:, :, :61], v[:, :, :61] = poison, poison            # query 80 reads 61 ... 80
-    k[1, :, 90:95], v[1, :, 90:95] = poison, poison
-    for a, b in zip(all_of("triton", q, k, v, do, how), clean):
-        assert torch.equal(a, b)
+    for poison in (float("nan"), float("inf"), 1e30):
+        k[:, :, :61], v[:, :, :61] = poison, poison        # query 80 reads 61 ... 80
+        k[1, :, 90:95], v[1, :, 90:95] = poison, poison
+        for a, b in zip(all_of("triton", q, k, v, do, how), clean):
+            assert torch.equal(a, b), poison
+
+
+def test_a_row_with_one_key_is_exact():
+    """With all weight on one key p is exactly 1 in the backward pass too: dv is do, dq and dk are 0."""
+    for S in (40, 43):                                     # query blocks that begin with a key block, and not
+        q, k, v, do = tensors(torch.Generator().manual_seed(S), 1, 2, 40, S, 80, torch.float32)
+        out, dq, dk, dv = all_of("triton", 9 * q, k, v, do, dict(scale=1.0, window=1, key_mask=None))
+        assert torch.equal(out, v[:, :, S - 40:]) and torch.equal(dv[:, :, S - 40:], do)
+        assert not (dq.any() or dk.any() or dv[:, :, :S - 40].any())
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e15])
 def test_large_and_small_scores(size):
-    """Softmax is taken from the largest score down, so nothing overflows."""
-    q, k, v, do = tensors(torch.Generator().manual_seed(0), 1, 2, 70, 70, 16, torch.float32)
+    """The largest score is subtracted before the exponential, so nothing overflows.
+
+    In the backward pass too: there the scores are multiplied anew, and 1e15 is where a score rounded
+    otherwise than in the forward pass gives exp of a large number.
+    """
+    q, k, v, do = tensors(torch.Generator().manual_seed(0), 1, 2, 40, 40, 16, torch.float32)
     how = dict(scale=1.0, window=20, key_mask=None)
     out = A.attention(q * size, k, v, **how, backend="triton")
     assert (out - A.attention(q * size, k, v, **how, backend="naive")).abs().max() < 1e-4
@@ -192,7 +147,7 @@ def test_large_and_small_scores(size):
 
 def test_every_element_is_written():
     """Fresh memory is filled with NaN first; also the results of two runs are the same to the bit."""
-    calls = [random_call(seed, torch.float32) for seed in range(0, 20, 3)]
+    calls = [random_call(seed, torch.float32) for seed in (3, 6, 14)]
     plain = [all_of("triton", *inputs, how) for inputs, how in calls]
     torch.use_deterministic_algorithms(True)
     try:
@@ -218,16 +173,6 @@ def dots(monkeypatch):
     return counter
 
 
-def touched(T, S, window, own, other):
-    """For each block of `own` queries, the number of blocks of `other` keys that its band needs."""
-    window = window or S
-    counts = []
-    for first in range(S - T, S, own):
-        begin, end = max(0, first - window + 1), min(first + own, S)
-        counts.append(-(-(end - begin) // other))
-    return counts
-
-
 @pytest.mark.parametrize("T, S, window", [(1024, 1024, 256), (1024, 1024, None), (100, 700, 256), (1, 600, 256)])
 def test_key_blocks_visited(dots, T, S, window):
     """Counted, not argued: at W = 256 a block of 64 queries meets at most 5 blocks of 64 keys."""
@@ -236,20 +181,18 @@ def test_key_blocks_visited(dots, T, S, window):
     A.attention(q, k, v, **how, backend="triton")
     own, other, _ = A.BLOCKS[A.forward_kernel][64]
     visits = [dots[program] // 2 for program in sorted(dots)]              # q kᵀ and p v for each
-    assert (own, other) == (64, 64) and visits == touched(T, S, window, own, other)
+    assert (own, other) == (64, 64) and visits == key_blocks(T, S, window, own, other)
     assert window is None or max(visits) <= 5
     assert window or max(visits) == S // 64
 
 
-def test_backward_work_is_in_proportion_too(dots):
-    """dq meets the forward's keys twice, dk and dv each query block of the band once."""
-    q, k, v, do = tensors(torch.Generator().manual_seed(0), 1, 1, 512, 512, 64, torch.float16)
-    how = dict(scale=0.125, window=128, key_mask=None)
-    forward = sum(touched(512, 512, 128, *A.BLOCKS[A.forward_kernel][64][:2]))
-    dq = sum(touched(512, 512, 128, *A.BLOCKS[A.dq_kernel][64][:2]))
-    own, other, _ = A.BLOCKS[A.dkv_kernel][64]
-    dkv = sum(-(-(min(512, first + own - 1 + 128) - first) // other) for first in range(0, 512, own))
-    all_of("triton", q, k, v, do, how)
+@pytest.mark.parametrize("T, S", [(512, 512), (300, 340)])
+def test_backward_work_is_in_proportion_too(dots, T, S):
+    """dq visits the forward pass's keys twice; dk and dv visit each query block of their window once."""
+    q, k, v, do = tensors(torch.Generator().manual_seed(0), 1, 1, T, S, 64, torch.float16)
+    all_of("triton", q, k, v, do, dict(scale=0.125, window=128, key_mask=None))
+    forward, dq, dkv = (sum(count(T, S, 128, *A.BLOCKS[kernel][64][:2])) for kernel, count in (
+        (A.forward_kernel, key_blocks), (A.dq_kernel, key_blocks), (A.dkv_kernel, query_blocks)))
     assert sum(dots.values()) == 2 * forward + 5 * dq + 4 * dkv
 
 
@@ -259,8 +202,8 @@ def test_backward_work_is_in_proportion_too(dots):
 def test_opcheck(padded):
     """torch's own checks of a custom operator: schema, autograd registration, fake tensors, tracing."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, do = tensors(generator, 2, 2, 20, 30, 16, torch.float32, "(B, T, H, D)")
-    key_mask = padding(generator, 2, 20, 30, "left") if padded else None
+    q, k, v, do = tensors(generator, 2, 1, 9, 18, 16, torch.float32, "(B, T, H, D)")
+    key_mask = padding(generator, 2, 9, 18, "left") if padded else None
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
     torch.library.opcheck(A.triton_forward, (*inputs, key_mask, 0.25, 7))
     q, k, v = (x.detach() for x in inputs)
@@ -283,7 +226,7 @@ def test_torch_compile_takes_it_whole():
 
 
 def test_second_derivatives_are_refused():
-    """The backward kernel has no backward of its own, and says so rather than being silently wrong."""
+    """The backward kernel has no backward of its own: an error, never a wrong number."""
     q, k, v, _ = tensors(torch.Generator().manual_seed(0), 1, 1, 8, 8, 16, torch.float32)
     q.requires_grad_()
     out = A.attention(q, k, v, scale=0.25, backend="triton")
@@ -294,7 +237,7 @@ def test_second_derivatives_are_refused():
 
 # Whole models
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 5, *(pytest.param(n, marks=SLOW) for n in (4, 6, 7))])
 def test_models(seed):
     """Logits within 1e-5 of the definition's, at T > 2 · window; the gradients too."""
     case = random_case(seed)
@@ -311,14 +254,14 @@ def test_models(seed):
 
 @pytest.mark.parametrize("folder, model_class", [("demo-neo", GPTNeoForCausalLM), ("demo-neox", GPTNeoXForCausalLM)])
 def test_demo_checkpoints(folder, model_class):
-    """Trained weights, 150 tokens (demo-neo's window is 64), whole and then token by token on a cache."""
+    """Trained weights, past demo-neo's window of 64: whole, and then token by token on a cache."""
     naive, triton = (model_class.from_pretrained(ROOT / "checkpoints" / folder, attn_implementation=name)
                      for name in ("naive", "triton"))
-    ids = torch.randint(0, 1400, (1, 150), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 1400, (1, 80), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert relative(triton(ids).logits, naive(ids).logits) < 1e-5
-    prompt = ids[:, :70]
-    texts = [model.generate(prompt, max_new_tokens=4, do_sample=False) for model in (naive, triton)]
+    prompt = ids[:, :63]
+    texts = [model.generate(prompt, max_new_tokens=3, do_sample=False) for model in (naive, triton)]
     assert torch.equal(*texts)
 
 
@@ -369,9 +312,19 @@ def test_without_triton(tmp_path, broken, reason):
     assert "backend 'triton' cannot run here: importing the triton package failed" in out and reason in out
 
 
+@pytest.mark.parametrize("value", ["1", "true", "TRUE", "on", "0", "", "false", "off", "no", "2"])
+def test_the_interpreter_is_on_where_triton_says_so(monkeypatch, value):
+    """TRITON_INTERPRET=0 means off, as for Triton itself."""
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert A.asked_to_interpret() == A.triton.knobs.runtime.interpret
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not A.asked_to_interpret()
+
+
 def test_the_command_line_says_it_in_one_line():
-    """Outside the interpreter, on a CPU."""
-    out = subprocess.run([sys.executable, "generate.py", "HAMLET.", "--backend", "triton", "--device", "cpu"], cwd=ROOT,
-                         capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "HOME": str(ROOT)})
+    """With the interpreter switched off, on a CPU."""
+    command = [sys.executable, "generate.py", "HAMLET.", "--backend", "triton", "--device", "cpu"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                         env={"PATH": "/usr/bin:/bin", "HOME": str(ROOT), "TRITON_INTERPRET": "0"})
     assert out.returncode == 2 and out.stderr.startswith("error: attention backend 'triton' cannot run here: there is no CUDA GPU")
     assert out.stderr.count("\n") == 1
