@@ -208,7 +208,11 @@ class KVCache:
         belong to them.  Keys are in order of position, except for one new token on a full ring:
         there all keys are visible, and their order makes no difference to attention.
         """
+        if self.length == 0:               # autocast gives k and v dtypes of its own, which are kept
+            self.keys[layer] = self.keys[layer].to(k.dtype)
+            self.values[layer] = self.values[layer].to(v.dtype)
         keys, values = self.keys[layer], self.values[layer]
+        k, v = k.to(keys.dtype), v.to(values.dtype)
         ring, past, T = keys.size(2), self.length, k.size(2)
         if past + T <= ring:                                       # nothing to forget yet
             keys[:, :, past:past + T], values[:, :, past:past + T] = k, v

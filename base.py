@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import choose_backend
-from fast.linear import Linear
+from fast.linear import WEIGHT_FIRST, Instead, is_few
 from fast.slices import in_slices
 from load_weights import load_pretrained, save_pretrained
 
@@ -294,6 +294,7 @@ class PreTrainedModel(nn.Module):
     def __init__(self, config, attn_implementation="auto"):
         super().__init__()
         self.config = config
+        self.reference_arithmetic = None                   # see `exact`
         self.generation_config = GenerationConfig()
         self.attn_implementation = attn_implementation
         choose_backend(attn_implementation)                # an unknown name fails here, not later
@@ -326,8 +327,30 @@ class PreTrainedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.attn_implementation = name
-            if isinstance(module, Linear):
-                module.exact = choose_backend(name) == "naive"
+
+    @property
+    def exact(self):
+        """Does the model keep to the reference's arithmetic, to the last bit?
+
+        reference_arithmetic says so: True or False; None is yes where attention is the naive one.
+        Otherwise the linear layers multiply one new token in an order that is faster.
+        """
+        if self.reference_arithmetic is None:
+            return choose_backend(self.attn_implementation) == "naive"
+        return self.reference_arithmetic
+
+    def set_reference_arithmetic(self, value):
+        """Set reference_arithmetic (True, False or None; see `exact`) here and in the model inside."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.reference_arithmetic = value
+
+    def run(self, part, x, **how):
+        """part(x, **how): a block or the output head.  fast/step.py puts its own in this one's place."""
+        if is_few(x) and not self.exact:
+            with Instead(WEIGHT_FIRST):
+                return part(x, **how)
+        return part(x, **how)
 
     @property
     def device(self):
@@ -348,4 +371,3 @@ class PreTrainedModel(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        self.set_attn_implementation(self.attn_implementation)    # the layers made since know it too

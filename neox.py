@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 
 from attention import attention, choose_backend
-from base import (ACTIVATIONS, Linear, ModelOutput, PreTrainedModel, check_fields, check_inputs,
+from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, check_fields, check_inputs,
                   fields_of, key_mask_of, next_token_loss, settle_labels)
 from sampling import generate
 from task_heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification
@@ -165,8 +165,8 @@ class Attention(nn.Module):
         self.layer, self.window = layer, config.windows[layer]
         self.D = config.head_dim
         self.attention_dropout = config.attention_dropout
-        self.qkv_proj = Linear(C, 3 * C, bias=config.attention_bias)
-        self.out_proj = Linear(C, C, bias=config.attention_bias)
+        self.qkv_proj = nn.Linear(C, 3 * C, bias=config.attention_bias)
+        self.out_proj = nn.Linear(C, C, bias=config.attention_bias)
 
     def forward(self, x, *, cos, sin, key_mask=None, cache=None, backend="naive",
                 return_weights=False):
@@ -192,9 +192,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act = ACTIVATIONS[config.hidden_act]
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(self.act(self.up_proj(x)))                    # (B, T, C)
@@ -263,9 +263,9 @@ class GPTNeoXModel(PreTrainedModel):
 
         hidden_states, attentions = [], []
         for block in self.blocks:
-            if output_hidden_states:                                                # else let it go
+            if output_hidden_states:                     # if nobody asked, memory can be freed
                 hidden_states.append(x)
-            x, weights = block(x, **how)
+            x, weights = self.run(block, x, **how)
             attentions.append(weights)
         if cache is not None:
             cache.advance(T)
@@ -284,7 +284,7 @@ class GPTNeoXForCausalLM(PreTrainedModel):
     def __init__(self, config, attn_implementation="auto"):
         super().__init__(config, attn_implementation)
         self.transformer = GPTNeoXModel(config, attn_implementation)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights(self.lm_head)
         self.tie_weights()
 
@@ -302,8 +302,8 @@ class GPTNeoXForCausalLM(PreTrainedModel):
         """
         out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,
                                output_attentions)
-        out.logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])       # 0 keeps all
-        out.last_hidden_state = None
+        x, out.last_hidden_state = out.last_hidden_state, None
+        out.logits = self.run(self.lm_head, x[:, -logits_to_keep:])                 # 0 keeps all
         if labels is not None:
             out.loss = next_token_loss(out.logits, labels)
         return out

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from attention import KVCache, choose_backend
+from attention import KVCache
 from base import check_inputs, key_mask_of
 from tokenizer import token_bytes
 
@@ -475,10 +475,10 @@ class Decoder:
     def leave_out(self, done):
         """No more computing for rows that have ended, done (B,).
 
-        The definition computes all rows, as the reference does: its last bits depend on the shapes
-        multiplied.  The compiled step is compiled for one number of rows.
+        A model that keeps to the reference's arithmetic computes all rows, as the reference does:
+        its last bits depend on the shapes multiplied.  The compiled step is compiled for one number of rows.
         """
-        if self.step or choose_backend(self.model.attn_implementation) == "naive":
+        if self.step or self.model.exact:
             return
         going = ~done[self.rows]
         if not going.all():
@@ -493,11 +493,11 @@ CHUNK = 512                                                # tokens that a prefi
 def prefill(model, ids, mask, position_ids, cache):
     """Let the cache grow by ids (B, T); logits (B, V) after the last.
 
-    A long prompt passes in chunks, so that memory does not grow with its square.  The definition
-    takes it in one piece, as the reference does: its last bits depend on the shapes multiplied.
+    A long prompt passes in chunks, so that memory does not grow with its square.  A model
+    that keeps to the reference's arithmetic takes it in one piece: its last bits depend on the shapes.
     """
     past, T = cache.length, ids.size(1)
-    chunk = T if choose_backend(model.attn_implementation) == "naive" else CHUNK
+    chunk = T if model.exact else CHUNK
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
         out = model(ids[:, start:end], mask[:, :past + end], position_ids[:, start:end],

@@ -5,6 +5,8 @@ The sizes from which slices are taken are patched down, so that tiny tensors tak
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
 import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -12,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 import base
 import neo
 import neox
-from fast import slices
-from helpers import relative, widen
+from attention import KVCache
+from fast import slices, step
+from fast.linear import WEIGHT_FIRST, Instead, few_rows
+from helpers import ours, random_case, reference, relative, widen
 
 TARGETS = torch.tensor([1, -100, 3, 2, 0, 1, 2])
 X, V, W = torch.randn(3, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -176,3 +180,228 @@ def test_a_model_in_slices_is_exported_and_compiled(family, monkeypatch):
         exported = torch.export.export(model, (IDS,)).module()(IDS).logits
         whole = torch.compile(model, fullgraph=True, backend="aot_eager")(IDS).logits
     assert relative(exported, expected) < 1e-12 and relative(whole, expected) < 1e-12
+
+
+# --- one new token ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_are_a_linear_layer(rows, bias):
+    """The other order of factors errs no more than torch's own; never where a gradient is wanted."""
+    torch.manual_seed(rows)
+    layer, x = torch.nn.Linear(768, 301, bias=bias), torch.randn(rows, 1, 768)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    plain = layer(x)
+    with Instead(WEIGHT_FIRST):
+        assert torch.equal(layer(x), plain)                # gradients are wanted
+        with torch.no_grad():
+            found = layer(x)
+            assert torch.equal(found, few_rows(x[:, 0], layer.weight, layer.bias)[:, None])
+    assert found.is_contiguous() and found.shape == plain.shape
+    assert (found - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_reference_s_arithmetic_is_a_switch(family):
+    """By default on with naive attention alone; it changes no attention, and attention does not change it."""
+    model, taken = model_of(family, torch.float32, attn_implementation="naive"), []
+    table = {F.linear: lambda *args: (taken.append(1), F.linear(*args))[1]}
+
+    def uses_few_rows():
+        taken.clear()
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base, "WEIGHT_FIRST", table)
+            model(IDS[:, :1])
+        return bool(taken)
+
+    assert model.exact and not uses_few_rows()
+    model.set_attn_implementation("sdpa")
+    assert not model.exact and uses_few_rows()
+    model.set_reference_arithmetic(True)
+    assert model.exact and not uses_few_rows() and model.attn_implementation == "sdpa"
+    model.set_reference_arithmetic(False)
+    model.set_attn_implementation("naive")
+    assert not model.exact and uses_few_rows()
+
+
+class Lora(torch.nn.Module):
+    """A wrapper that has the weights of what it wraps, and adds something."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+class Louder(torch.nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def replaced(model, path, make):
+    parent, name = path.rsplit(".", 1)
+    parent = model.get_submodule(parent)
+    setattr(parent, name, make(getattr(parent, name)))
+
+
+def louder(layer):
+    other = Louder(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+def own_forward(layer):
+    layer.forward = lambda x: 2 * torch.nn.Linear.forward(layer, x)
+    return layer
+
+
+BLOCK = "transformer.blocks.1"
+UP, NORM, MLP = f"{BLOCK}.mlp.up_proj", f"{BLOCK}.ln_2", f"{BLOCK}.mlp"
+CHANGES = {
+    "hook": lambda m: m.get_submodule(UP).register_forward_hook(lambda module, args, out: 3 * out),
+    "pre-hook": lambda m: m.get_submodule(UP).register_forward_pre_hook(lambda module, args: (3 * args[0],)),
+    "hook on a norm": lambda m: m.get_submodule(NORM).register_forward_hook(lambda module, args, out: 3 * out),
+    "hook on a block": lambda m: m.get_submodule(BLOCK).register_forward_hook(lambda b, args, out: (out[0].roll(1, -1), out[1])),
+    "hook on the embedding": lambda m: m.transformer.embed.register_forward_hook(lambda b, args, out: out.roll(1, -1)),
+    "hook on the model": lambda m: m.transformer.register_forward_hook(
+        lambda b, args, out: setattr(out, "last_hidden_state", out.last_hidden_state.roll(1, -1))),
+    "hook on the head": lambda m: m.lm_head.register_forward_hook(lambda module, args, out: out.roll(5, -1)),
+    "wrapper": lambda m: replaced(m, UP, Lora),
+    "wrapped head": lambda m: setattr(m, "lm_head", Lora(m.lm_head)),
+    "subclass": lambda m: replaced(m, UP, louder),
+    "forward of its own": lambda m: replaced(m, UP, own_forward),
+    "head": lambda m: setattr(m, "lm_head", torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(),
+                                                                torch.nn.Linear(16, 31))),
+    "parametrization": lambda m: torch.nn.utils.parametrize.register_parametrization(m.get_submodule(UP), "weight", Doubled()),
+    "weight norm": lambda m: torch.nn.utils.parametrizations.weight_norm(
+        m.get_submodule(UP)).parametrizations.weight.original0.data.mul_(2),
+    "old weight norm": lambda m: torch.nn.utils.weight_norm(m.get_submodule(UP)).weight_g.data.mul_(2),
+    "pruning": lambda m: torch.nn.utils.prune.random_unstructured(m.get_submodule(UP), "weight", 0.5),
+    "norm": lambda m: replaced(m, NORM, lambda old: torch.nn.RMSNorm(16)),
+    "MLP": lambda m: replaced(m, MLP, lambda old: torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(),
+                                                                      torch.nn.Linear(8, 16))),
+    "MLP that nobody knows": lambda m: replaced(m, MLP, lambda old: Lora(torch.nn.Linear(16, 16))),
+}
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Compiled decoding as far as PyTorch's tracer, without the minute of a C++ compiler."""
+    torch.compiler.reset()
+    for name in ("block", "head"):
+        part = torch.compile(getattr(step, f"{name}_forms"), fullgraph=True, backend="aot_eager")
+        monkeypatch.setattr(step, f"compiled_{name}", part)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("change", CHANGES)
+def test_compiled_decoding_calls_what_stands_in_the_model(change, traced):
+    """After the unchanged model was compiled: the logits are those without the compiler."""
+    family = "gpt_neo" if len(change) % 2 else "gpt_neox"
+    model = model_of(family, torch.float32)
+    before = step_logits(model, False)
+    assert relative(step_logits(model, True), before) < 1e-5
+    torch.manual_seed(0)
+    CHANGES[change](model)
+    expected = step_logits(model, False)
+    assert relative(expected, before) > 1e-3               # it acts
+    assert relative(step_logits(model, True), expected) < 1e-5
+
+
+def test_a_hook_acts_in_compiled_decoding_and_acts_no_more_when_removed():
+    """The same with the compiler itself."""
+    model = model_of("gpt_neox", torch.float32)
+    before = step_logits(model, True)
+    handle = CHANGES["hook"](model)
+    expected = step_logits(model, False)
+    assert relative(expected, before) > 1e-3 and relative(step_logits(model, True), expected) < 1e-5
+    handle.remove()
+    assert torch.equal(step_logits(model, True), before)
+
+
+def step_logits(model, compile):
+    """Of the last token of IDS, the others being cached."""
+    cache = KVCache(model.config, *IDS.shape)
+    with torch.no_grad():
+        model(IDS[:, :-1], cache=cache)
+        mask, places = torch.ones_like(IDS), torch.full((len(IDS), 1), IDS.size(1) - 1)
+        if compile:
+            return step.Step(model, cache)(IDS[:, -1:], mask, places)
+        return model(IDS[:, -1:], mask, places, cache=cache).logits[:, -1]
+
+
+def test_what_the_compiler_cannot_take_is_one_clear_error(traced):
+    model = model_of("gpt_neo", torch.float32)
+
+    def hook(module, args, out):
+        torch._dynamo.graph_break()
+
+    handle = model.get_submodule(UP).register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match="compile=True: torch.compile cannot take this model") as error:
+        model.generate(IDS, max_new_tokens=3, compile=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert "run" not in vars(model) and "run" not in vars(model.transformer)       # the model is as it was
+    handle.remove()
+    model.train()
+    assert step_logits(model, True).isfinite().all()       # without any dropout, training mode is the same
+    model.transformer.dropout.p = 0.5
+    with pytest.raises(RuntimeError, match="in training mode; call model.eval"):
+        model.generate(IDS, max_new_tokens=3, compile=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", CAUSAL)
+def test_tools_that_look_for_linear_layers_find_them(family, traced):
+    """By the exact class, as torch.ao.quantization does; the quantized model writes, and compiled it is refused."""
+    model = model_of(family, torch.float32)
+    count = sum(type(m) is torch.nn.Linear for m in model.modules())
+    assert count == 2 * (6 if family == "gpt_neo" else 4) + 1
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    assert sum("quantized.dynamic" in type(m).__module__ for m in quantized.modules()) == count
+    text = quantized.generate(IDS, max_new_tokens=3, eos_token_id=None)
+    assert text.shape == (3, 12)
+    with pytest.raises(RuntimeError, match="compile=True: torch.compile cannot take this model"):
+        quantized.generate(IDS, max_new_tokens=3, eos_token_id=None, compile=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", CAUSAL)
+def test_generating_under_autocast(family, dtype):
+    """A prompt longer than the window, for the reference's logits at every step and so its text."""
+    case = random_case(0, family)
+    prompt = case.ids[:1].repeat(1, 30)[:, :30]
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        how = dict(max_new_tokens=8, eos_token_id=None, do_sample=False, pad_token_id=0)
+        theirs = reference(case).generate(prompt, **how, output_logits=True, return_dict_in_generate=True)
+        for backend in ("naive", "sdpa"):
+            model = ours(case, backend=backend)
+            text = model.generate(prompt, **how)
+            if backend == "naive":
+                assert torch.equal(text, theirs.sequences)
+            cache = KVCache(model.config, 1, 38)
+            logits = [model(prompt, cache=cache).logits[:, -1]]
+            for token in theirs.sequences[0, 30:-1]:
+                logits.append(model(token[None, None], cache=cache).logits[:, -1])
+            assert relative(torch.stack(logits), torch.stack(theirs.logits)) < (0 if backend == "naive" else 0.1) + 1e-12
+
+
+@pytest.mark.parametrize("set_default, value, back", [(torch.set_default_device, "cpu", None),
+                                                      (torch.set_default_dtype, torch.bfloat16, torch.float32)])
+def test_defaults_of_torch_do_not_disturb_compiled_decoding(set_default, value, back, traced):
+    model = model_of("gpt_neox", torch.float32)
+    how = dict(max_new_tokens=5, eos_token_id=None)
+    expected = model.generate(IDS, **how)
+    set_default(value)
+    try:
+        assert torch.equal(model.generate(IDS, compile=True, **how), expected)
+        assert torch.equal(model.generate(IDS, **how), expected)
+    finally:
+        set_default(back)
