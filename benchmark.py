@@ -1,18 +1,18 @@
 """Speed and memory, side by side with transformers in one run.
 
-    python benchmark.py gpu --out DIR   everything on a GPU: checks, timings, table, plot (benchmarks/gpu.py)
-    python benchmark.py prefill         a prompt of 2048 tokens                (benchmarks/generation.py)
+    python benchmark.py gpu --out DIR   everything that needs a GPU      (benchmarks/gpu.py)
+    python benchmark.py prefill         a prompt of 2048 tokens          (benchmarks/generation.py)
     python benchmark.py decode          one token more, at contexts 16 and 1900
     python benchmark.py batch           tokens a second of 1, 4 and 16 rows
     python benchmark.py memory          peak memory of a prompt of 1984 tokens and 64 new ones
-    python benchmark.py train           one training step: time and peak memory (benchmarks/training.py)
+    python benchmark.py train           one training step: time, memory  (benchmarks/training.py)
     python benchmark.py growth          speed and memory against the length of the text, with plots
     python benchmark.py ceilings        how fast this machine can read memory and multiply matrices
-    python benchmark.py load            from_pretrained, then every weight read once: time, peak memory
+    python benchmark.py load            from_pretrained and every weight read once: time, memory
     python benchmark.py first-token     from the command line to the first token of text
-    python benchmark.py attention       one layer through every backend (benchmarks/backends.py)
-    python benchmark.py kernels         the Triton kernels compiled, without a GPU (benchmarks/kernels.py)
-    python benchmark.py all             ceilings, prefill, decode, batch, memory, train, load, first-token
+    python benchmark.py attention       one layer through every backend  (benchmarks/backends.py)
+    python benchmark.py kernels         the Triton kernels compiled, no GPU (benchmarks/kernels.py)
+    python benchmark.py all             all but gpu, growth, attention and kernels
 
 Both sides get the same weights (random, in an official shape), the same dtype and the same threads.
 They take turns, because the speed of a machine drifts, and ratios are taken turn by turn.  The
@@ -53,7 +53,7 @@ def show(title, figures, unit, base="transformers"):
     for name, values in figures.items():
         ratios = [b / v for b, v in zip(figures[base], values)]
         spread = f"({min(values):.3f} to {max(values):.3f})"
-        versus = "" if name == base else f"   {statistics.median(ratios):.2f} times less than {base}"
+        versus = f"   {statistics.median(ratios):.2f} times less than {base}" * (name != base)
         print(f"  {name:14s} {statistics.median(values):9.3f} {unit}  {spread}{versus}")
 
 
@@ -84,7 +84,8 @@ def write_tiny(kind, folder):
 
 
 def load(model, rounds):
-    """from_pretrained in a process of its own, every weight read once; peak above the interpreter's."""
+    """from_pretrained in a process of its own, every weight read once; peak above the
+    interpreter's."""
     with tempfile.TemporaryDirectory() as root:
         folder, tiny = f"{root}/whole", f"{root}/tiny"
         write(model, folder)
@@ -98,7 +99,8 @@ def load(model, rounds):
         both = in_turns({name: lambda name=name: measure(name) for name in LOADERS}, rounds)
     time_figures = {name: [pair[0] for pair in pairs] for name, pairs in both.items()}
     peak_figures = {name: [pair[1] / size for pair in pairs] for name, pairs in both.items()}
-    show(f"from_pretrained, {model} shape, float32 safetensors of {size / 1e6:.0f} MB", time_figures, "s")
+    show(f"from_pretrained, {model} shape, float32 safetensors of {size / 1e6:.0f} MB",
+         time_figures, "s")
     show("peak memory above the interpreter's, in sizes of the file", peak_figures, "×")
     return {"seconds": time_figures, "peak / file": peak_figures}
 
@@ -115,12 +117,14 @@ def first_token(rounds):
     show("from the command line to the first token, checkpoints/demo-neo", figures, "s",
          base="import torch")
     more = [b - a for a, b in zip(*figures.values())]
-    print(f"  {'difference':14s} {statistics.median(more):9.3f} s  ({min(more):.3f} to {max(more):.3f})")
+    spread = f"({min(more):.3f} to {max(more):.3f})"
+    print(f"  {'difference':14s} {statistics.median(more):9.3f} s  {spread}")
     return figures
 
 
 COMMANDS = {**generation.COMMANDS, "growth": growth.run, "train": training.run, "load": load,
-            "first-token": first_token, "attention": backends.run, "kernels": kernels.run, "gpu": gpu.run}
+            "first-token": first_token, "attention": backends.run, "kernels": kernels.run,
+            "gpu": gpu.run}
 
 ALL = ("ceilings", "prefill", "decode", "batch", "memory", "train", "load", "first-token")
 
@@ -130,22 +134,28 @@ def arguments(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("what", choices=[*COMMANDS, "all"])
-    option("--model", choices=SHAPES, default="gpt-neo-125m", help="an official shape; the weights are random")
-    option("--against", metavar="NAMES", help="transformers (default), llama.cpp, or both with a comma")
+    option("--model", choices=SHAPES, default="gpt-neo-125m",
+           help="an official shape; the weights are random")
+    option("--against", metavar="NAMES",
+           help="transformers (default), llama.cpp, or both with a comma")
     option("--dtype", choices=["float32", "bfloat16", "float16"],
            help="default float32; for attention on a GPU float16")
     option("--rounds", type=int, default=5)
     option("--tokens", type=int, default=2048, help="prefill: length of the prompt")
-    option("--lengths", type=int, nargs="+", metavar="T", help="prefill and attention: several lengths")
+    option("--lengths", type=int, nargs="+", metavar="T",
+           help="prefill and attention: several lengths")
     option("--contexts", type=int, nargs="+", metavar="T", default=[16, 1900], help="decode")
-    option("--new-tokens", type=int, default=24, metavar="N", help="decode and batch: tokens a turn")
+    option("--new-tokens", type=int, default=24, metavar="N",
+           help="decode and batch: tokens a turn")
     option("--device", help="attention and gpu: default cuda where there is one")
     option("--heads", type=int, default=12, help="attention")
     option("--head-dim", type=int, default=64, metavar="D", help="attention")
     option("--window", type=int, default=256, metavar="W", help="attention")
-    option("--plot", metavar="FILE", help="prefill, decode, attention: also a picture; growth: a folder for two")
+    option("--plot", metavar="FILE",
+           help="prefill, decode, attention: also a picture; growth: a folder for two")
     option("--out", metavar="DIR", help="gpu: the folder for the table, the figures and the plot")
-    option("--minutes", type=float, default=7.5, help="gpu: what does not fit is listed (default 7.5)")
+    option("--minutes", type=float, default=7.5,
+           help="gpu: what does not fit is listed (default 7.5)")
     option("--json", metavar="FILE", help="also write every figure to a file")
     args = parser.parse_args(argv)
     if args.what == "gpu" and not args.out:
@@ -172,7 +182,8 @@ def processor():
     """Its name, where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":", 1)[1].strip()
+                    for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown processor"
 

@@ -1,10 +1,11 @@
 """One attention layer through every backend, timed: local and global, forward and backward.
 
-    python benchmark.py attention --plot attention.png        what runs on this machine
-    python benchmark.py gpu --out DIR                         the same and much more on a GPU (benchmarks/gpu.py)
+    python benchmark.py attention --plot attention.png     what runs on this machine
+    python benchmark.py gpu --out DIR                      more, on a GPU (benchmarks/gpu.py)
 
-Each backend is first compared with float64, on one head, and it is timed only if its error is at most twice
-that of the definition in the same dtype.  FlexAttention is torch's own, with our rule as its mask_mod.
+Each backend is first compared with float64, on one head, and it is timed only if its error is at
+most twice that of the definition in the same dtype.  FlexAttention is torch's own, with our rule as
+its mask_mod.
 """
 
 import functools
@@ -34,7 +35,8 @@ def block_mask(T, window, device):
     return create_block_mask(rule, None, None, T, T, device=device)
 
 
-BACKENDS = {**{name: functools.partial(A.attention, backend=name) for name in A.BACKENDS}, "flex": flex}
+BACKENDS = {**{name: functools.partial(A.attention, backend=name) for name in A.BACKENDS},
+            "flex": flex}
 
 
 def whole(backend, q, k, v, do, **how):
@@ -55,7 +57,8 @@ def errors(backend, tensors, backward, **how):
 
 
 def milliseconds(function, device, least=5, seconds=1.0):
-    """Median of many runs, by device events on a GPU; at least `least` runs, and about `seconds` of them."""
+    """Median of many runs, by device events on a GPU; at least `least` runs, and about `seconds` of
+    them."""
     for _ in range(2):
         function()                                         # compiles, warms up
     times, end = [], time.perf_counter() + seconds
@@ -95,7 +98,8 @@ def measure(backend, q, k, v, do, backward, seconds=1.0, **how):
 
 
 def inputs(B, heads, T, head_dim, dtype, device):
-    """q, k, v and the gradient of the output, each (B, heads, T, head_dim), the same numbers every time."""
+    """q, k, v and the gradient of the output, each (B, heads, T, head_dim), the same numbers every
+    time."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (B, heads, T, head_dim)
     return [torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(4)]
@@ -108,7 +112,8 @@ def run(dtype, lengths, device, heads, head_dim, window, plot):
     dtype = getattr(torch, dtype or ("float16" if on_gpu else "float32"))
     lengths = lengths or ([256, 512, 1024, 2048, 4096, 8192] if on_gpu else [256, 512, 1024, 2048])
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    print(f"{name}, {name_of(dtype)}, {heads} heads {head_dim} wide, W = {window}; milliseconds, median")
+    print(f"{name}, {name_of(dtype)}, {heads} heads {head_dim} wide, W = {window}; "
+          "milliseconds, median")
     result = []
     for backward in (False, True):
         for layer in ("local", "global"):
@@ -127,7 +132,7 @@ def table(layer, backward, lengths, heads, head_dim, window, dtype, device):
     rows, reasons = [], {}
     how = dict(scale=head_dim ** -0.5, window=window if layer == "local" else None)
     for T in lengths:
-        torch.compiler.reset()                             # FlexAttention is compiled for each length
+        torch.compiler.reset()                             # FlexAttention: for each length anew
         tensors = inputs(1, heads, T, head_dim, dtype, device)
         found = {name: measure(name, *tensors, backward, **how) for name in BACKENDS}
         cells = (f"{x:.3f}" if isinstance(x, float) else "–" for x in found.values())
@@ -151,7 +156,8 @@ def draw(result, title, file):
                       if all(isinstance(times.get(x), float) for x in ("naive", name))]
             if points:
                 panel.plot(*zip(*points), marker=marker, color=COLOURS[name], label=name)
-        panel.set(title=f"{layer} layer, {'forward and backward' if backward else 'forward'}", xscale="log")
+        panel.set(title=f"{layer} layer, {'forward and backward' if backward else 'forward'}",
+                  xscale="log")
         panel.set_ylim(bottom=0)
         panel.set_xticks([T for T, _ in rows], [str(T) for T, _ in rows])
         panel.minorticks_off()

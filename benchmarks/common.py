@@ -10,8 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # Colours that everyone can tell apart (Okabe and Ito), each with one meaning in all pictures.
-COLOURS = {"ours": "#0072B2", "compiled": "#009E73", "transformers": "#D55E00", "llama.cpp": "#CC79A7",
-           "naive": "#0072B2", "sdpa": "#E69F00", "triton": "#009E73", "flash": "#D55E00", "flex": "#CC79A7"}
+COLOURS = {"ours": "#0072B2", "compiled": "#009E73", "transformers": "#D55E00",
+           "llama.cpp": "#CC79A7", "naive": "#0072B2", "sdpa": "#E69F00",
+           "triton": "#009E73", "flash": "#D55E00", "flex": "#CC79A7"}
 
 
 def name_of(dtype):
@@ -56,11 +57,13 @@ print(json.dumps({result}))
 
 
 def in_fresh_process(code, result="peak()"):
-    """Run code in a Python process of its own; returns the value there of `result`, by default the peak of
-    its memory in bytes.  A peak cannot be taken back, so each measurement needs a process that did nothing else.
+    """Run code in a Python process of its own; returns the value there of `result`, by default the
+    peak of its memory in bytes.  A peak cannot be taken back, so each measurement needs a process
+    that did nothing else.
     """
     script = FRESH_PROCESS.format(root=str(ROOT), code=code, result=result)
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
+                          text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,7 +1,9 @@
-"""One interface to everyone who takes part: prefill a prompt, fill a cache, decode n tokens greedily.
+"""One interface to everyone who takes part: prefill a prompt, fill a cache, decode n tokens
+greedily.
 
-All get the same weights, threads and dtype.  Each runs as its users run it: transformers with its own default
-attention and cache; llama.cpp (benchmarks/llama_cpp.py) with the same numbers in a GGUF file.
+All get the same weights, threads and dtype.  Each runs as its users run it: transformers with its
+own default attention and cache; llama.cpp (benchmarks/llama_cpp.py) with the same numbers in a GGUF
+file.
 """
 
 import time
@@ -27,19 +29,21 @@ class Ours:
         """Prefill ids (B, T) into a cache with room for more."""
         self.cache = KVCache(self.model.config, ids.size(0), ids.size(1) + room, self.model.dtype)
         self.mask = torch.ones(ids.size(0), ids.size(1) + room, dtype=torch.long)
-        self.new = self.model(ids, cache=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        out = self.model(ids, cache=self.cache, logits_to_keep=1)
+        self.new = out.logits[:, -1].argmax(-1, keepdim=True)
         self.context, self.step = ids.size(1), None
         if self.compile:
             self.step = Step(self.model, self.cache)
 
     @torch.no_grad()
     def decode(self, n):
-        """Seconds of each of n tokens.  Afterwards the cache counts its old length again, so that the next
-        turn does the same work (what a ring has lost costs the same to read)."""
+        """Seconds of each of n tokens.  Afterwards the cache counts its old length again, so that
+        the next turn does the same work (what a ring has lost costs the same to read)."""
         times, new = [], self.new
         for i in range(n):
             start = time.perf_counter()
-            mask, position_ids = self.mask[:, :self.context + i + 1], torch.full_like(new, self.context + i)
+            mask = self.mask[:, :self.context + i + 1]
+            position_ids = torch.full_like(new, self.context + i)
             if self.step is None:
                 logits = self.model(new, mask, position_ids, cache=self.cache).logits[:, -1]
             else:

@@ -1,15 +1,15 @@
 """Prefill and decoding, beside transformers and llama.cpp in one run.
 
-    python benchmark.py prefill --dtype bfloat16              a prompt of 2048 tokens
-    python benchmark.py decode --contexts 16 1900             one token more, at a context
-    python benchmark.py batch                                 tokens a second of 1, 4, 16 rows
-    python benchmark.py memory                                peak of a process: a prompt of 1984 tokens, 64 new ones
-    python benchmark.py ceilings                              what this machine can read and multiply at most
+    python benchmark.py prefill --dtype bfloat16     a prompt of 2048 tokens
+    python benchmark.py decode --contexts 16 1900    one token more, at a context
+    python benchmark.py batch                        tokens a second of 1, 4, 16 rows
+    python benchmark.py memory                       peak of a process: 1984 tokens, 64 new ones
+    python benchmark.py ceilings                     how fast it can read and multiply
 
-All take turns within one run, because the speed of a machine drifts; ratios are taken turn by turn, and the
-median is reported.  The floor is the least time in which it could be done: bytes of weights and cache over
-the read bandwidth, or operations over the speed of a matrix product, both measured just before.  The "share
-of the floor" is this least time over the measured time.
+All take turns within one run, because the speed of a machine drifts; ratios are taken turn by turn,
+and the median is reported.  The floor is the least time in which it could be done: bytes of weights
+and cache over the read bandwidth, or operations over the speed of a matrix product, both measured
+just before.  The "share of the floor" is this least time over the measured time.
 """
 
 import statistics
@@ -62,28 +62,31 @@ def bytes_of_a_step(config, context, dtype):
 
 
 def operations_of_a_prefill(config, T):
-    """Multiplications and additions of reading T tokens with the last one's logits: matrices, and the scores
-    and sums inside each layer's window."""
+    """Multiplications and additions of reading T tokens with the last one's logits: matrices, and
+    the scores and sums inside each layer's window."""
     C, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     pairs = sum(sum(min(i + 1, window or T) for i in range(T)) for window in config.windows)
-    return 2 * T * config.num_hidden_layers * (4 * C * C + 2 * C * inner) + 4 * C * pairs + 2 * C * config.vocab_size
+    matrices = T * config.num_hidden_layers * (4 * C * C + 2 * C * inner) + C * config.vocab_size
+    return 2 * matrices + 4 * C * pairs
 
 
 def row(label, figures, names, unit, shown, extra):
     """One line for each competitor: median, spread, how we compare, and its share of the floor."""
     mine = [name for name in names if name in ("ours", "compiled")]
     print(f"\n{label}")
-    print(f"| | {unit} | from – to | {' / '.join(mine)}: times as fast as this row | share of the floor |")
+    print(f"| | {unit} | from – to | {' / '.join(mine)}: times as fast as this row "
+          "| share of the floor |")
     print("|---|---|---|---|---|")
     for name in names:
         values = sorted(shown(x) for x in figures[name])
         versus = " / ".join(f"{ratio(figures, x, name):.2f}" for x in mine)
-        print(f"| {name} | {statistics.median(values):.2f} | {values[0]:.2f} – {values[-1]:.2f} | {versus} | "
+        spread = f"{values[0]:.2f} – {values[-1]:.2f}"
+        print(f"| {name} | {statistics.median(values):.2f} | {spread} | {versus} | "
               f"{extra(statistics.median(figures[name])):.0%} |", flush=True)
 
 
 def prefill(model, against, dtype, rounds, tokens, lengths, plot):
-    """A prompt of --tokens, without a cache: the last token's logits, which are what generation needs."""
+    """A prompt of --tokens, without a cache; only the last token's logits, as for generation."""
     dtype = getattr(torch, dtype or "float32")
     config, rate = SHAPES[model], matrix_rate(dtype)
     names, result = competitors(model, against, "ours"), {}
@@ -95,8 +98,8 @@ def prefill(model, against, dtype, rounds, tokens, lengths, plot):
             runs = {name: seconds(lambda p=p: p.prefill(ids)) for name, p in players.items()}
             figures = in_turns(runs, rounds)
             floor = operations_of_a_prefill(config, T) / rate
-            row(f"prefill of {T} tokens, {model} shape, {name_of(dtype)}", figures, names, "seconds",
-                lambda x: x, lambda x: floor / x)
+            row(f"prefill of {T} tokens, {model} shape, {name_of(dtype)}", figures, names,
+                "seconds", lambda x: x, lambda x: floor / x)
             result[T] = figures
     if plot:
         draw(result, names, f"{model} shape, {name_of(dtype)}: prefill", "T, tokens of the prompt",
@@ -117,11 +120,12 @@ def decode(model, against, dtype, rounds, contexts, new_tokens, plot):
             ids = torch.randint(1, 50000, (1, context), generator=torch.Generator().manual_seed(0))
             for player in players.values():
                 player.fill_cache(ids, new_tokens)
-            runs = {name: lambda p=p: statistics.median(p.decode(new_tokens)) for name, p in players.items()}
+            runs = {name: lambda p=p: statistics.median(p.decode(new_tokens))
+                    for name, p in players.items()}
             figures = in_turns(runs, rounds)
             floor = bytes_of_a_step(config, context, dtype) / read
-            row(f"decoding at context {context}, {model} shape, {name_of(dtype)}", figures, names, "tokens/s",
-                lambda x: 1 / x, lambda x: floor / x)
+            row(f"decoding at context {context}, {model} shape, {name_of(dtype)}", figures, names,
+                "tokens/s", lambda x: 1 / x, lambda x: floor / x)
             result[context] = figures
     if plot:
         draw(result, names, f"{model} shape, {name_of(dtype)}: decoding", "context, tokens",
@@ -134,7 +138,8 @@ def batch(model, dtype, rounds, new_tokens):
     dtype = getattr(torch, dtype or "float32")
     with tempfile.TemporaryDirectory() as folder:
         write(model, folder)
-        players = {name: competitor(name, folder, dtype) for name in ("ours", "compiled", "transformers")}
+        players = {name: competitor(name, folder, dtype)
+                   for name in ("ours", "compiled", "transformers")}
         figures = {}
         for B in (1, 4, 16):
             generator = torch.Generator().manual_seed(0)
@@ -145,8 +150,8 @@ def batch(model, dtype, rounds, new_tokens):
                            generate_seconds(p, ids, mask.long(), new_tokens, c))
                     for name, p in players.items()}
             figures[B] = in_turns(runs, rounds)
-        print(f"\n{new_tokens} new tokens after prompts of 4 to 64, {model} shape, {name_of(dtype)}: "
-              "tokens/s of all rows")
+        print(f"\n{new_tokens} new tokens after prompts of 4 to 64, {model} shape, "
+              f"{name_of(dtype)}: tokens/s of all rows")
         print("| rows | " + " | ".join(players) + " |\n|---|" + "---|" * len(players))
         for B, found in figures.items():
             cells = (f"{statistics.median(B / x for x in found[name]):.0f}" for name in players)
@@ -155,7 +160,8 @@ def batch(model, dtype, rounds, new_tokens):
 
 
 def generate_seconds(player, ids, mask, n, compile):
-    """Seconds a token of generate(), without the prefill: the time of one new token is taken off."""
+    """Seconds a token of generate(), without the prefill: the time of one new token is taken off.
+    """
     how = dict(attention_mask=mask, do_sample=False, eos_token_id=None, pad_token_id=0)
     if compile:
         how["compile"] = True
@@ -164,7 +170,8 @@ def generate_seconds(player, ids, mask, n, compile):
         start = time.perf_counter()
         if type(player).__name__ == "Transformers":
             player.model.generation_config.eos_token_id = None
-            player.model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, max_new_tokens=new)
+            player.model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0,
+                                  max_new_tokens=new)
         else:
             player.model.generate(ids, max_new_tokens=new, **how)
         times.append(time.perf_counter() - start)
@@ -184,7 +191,7 @@ model.generate(ids, max_new_tokens=64, eos_token_id=None, pad_token_id=0)
 
 
 def memory(model, dtype):
-    """Peak of a whole process, Python and torch included: from_pretrained, 1984 tokens, 64 new ones."""
+    """Peak of a whole process with Python and torch: from_pretrained, 1984 tokens, 64 new ones."""
     dtype = dtype or "float32"
     with tempfile.TemporaryDirectory() as folder:
         write(model, folder, getattr(torch, dtype))
@@ -203,11 +210,12 @@ def memory(model, dtype):
 
 
 def ceilings():
-    """The two speeds that the floors are made of, and the product of one row and of 16 in each form."""
+    """The two speeds behind the floors, and the product of one row and of 16 in each form."""
     found = {"read bandwidth, GB/s": bandwidth() / 1e9}
     for dtype in (torch.float32, torch.bfloat16):
         found[f"matrix product, {name_of(dtype)}, GFLOP/s"] = matrix_rate(dtype) / 1e9
-        weights = [torch.randn(3072, 768).to(dtype) for _ in range(40)]     # more than any cache holds
+        # more than any cache holds
+        weights = [torch.randn(3072, 768).to(dtype) for _ in range(40)]
         for rows, title, function in ((1, "torch's linear", torch.nn.functional.linear),
                                       (1, "weight first", few_rows),
                                       (1, "multiply and sum, compiled", torch.compile(one_row)),
@@ -229,7 +237,8 @@ def draw(result, names, title, x_label, y_label, shown, file):
     for name in names:
         xs = list(result)
         values = [sorted(shown(x) for x in result[x_][name]) for x_ in xs]
-        axes.plot(xs, [statistics.median(v) for v in values], marker="o", color=COLOURS[name], label=name)
+        axes.plot(xs, [statistics.median(v) for v in values], marker="o", color=COLOURS[name],
+                  label=name)
         axes.fill_between(xs, [v[0] for v in values], [v[-1] for v in values],
                           color=COLOURS[name], alpha=0.15, lw=0)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)

@@ -2,10 +2,10 @@
 
     python benchmark.py gpu --out DIR
 
-It needs torch 2.6 or newer; each of triton, flash-attn, matplotlib, tiktoken and safetensors may be missing,
-and then the report says what was left out because of it.  DIR receives gpu.md (the tables), gpu.json
-(every figure) and gpu.png (times as fast as the definition).  They are written anew after every part, so
-that a run that was killed leaves what it had found.
+It needs torch 2.6 or newer; each of triton, flash-attn, matplotlib, tiktoken and safetensors may be
+missing, and then the report says what was left out because of it.  DIR receives gpu.md (the
+tables), gpu.json (every figure) and gpu.png (times as fast as the definition).  They are written
+anew after every part, so that a run that was killed leaves what it had found.
 
 The parts, in this order (PARTS at the end of this file):
 
@@ -17,10 +17,11 @@ The parts, in this order (PARTS at the end of this file):
     timings      one attention layer through every backend, T = 256 ... 8192
     flex         the same for FlexAttention, which is compiled for each length
 
-A part is a list of cases and a function of one case.  tests/test_gpu.py runs the same cases under pytest.
-The function returns rows: what was measured, the figure, and the limit that it must not exceed (None: it is
-a time and not a check).  It raises CannotRun where this machine lacks something.  Each part must have ended
-at its share of the time; cases that did not fit are listed in the report.
+A part is a list of cases and a function of one case.  tests/test_gpu.py runs the same cases under
+pytest. The function returns rows: what was measured, the figure, and the limit that it must not
+exceed (None: it is a time and not a check).  It raises CannotRun where this machine lacks
+something.  Each part must have ended at its share of the time; cases that did not fit are listed in
+the report.
 
     B batch · H heads · T queries · S keys · D head width · W window
 """
@@ -53,9 +54,10 @@ from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is: LARGE on a GPU, SMALL where only the code itself is tried, on a CPU."""
+    """How large everything is: LARGE on a GPU, SMALL where only the code itself is tried, on a CPU.
+    """
     widths: tuple = (64, 128, 80, 96, 256, 16, 48, 20)     # the official ones, and other kinds
-    tokens: int = 300                                      # several blocks of every kernel, and not a multiple
+    tokens: int = 300                                      # several blocks, and not a multiple
     windows: tuple = (None, 1, 100, 256)
     head_dim: int = 64                                     # of the whole models
     new_tokens: int = 40
@@ -65,16 +67,17 @@ class Sizes:
     timed: tuple = (12, 64, 256)                           # their heads, head width and window
     batch_tokens: int = 8192                               # as many texts as make this many tokens
     moved: int = 2**30                                     # bytes copied to measure the bandwidth
-    matrix: int = 8192                                     # side of the matrices that are multiplied
+    matrix: int = 8192                                     # side of the matrices multiplied
     patience: float = 0.3                                  # seconds of each timing
 
 
 LARGE = Sizes()
-SMALL = Sizes(widths=(16,), tokens=40, windows=(None, 9), head_dim=16, new_tokens=6, steps=3, context=16,
-              lengths=(32, 64), timed=(2, 16, 16), batch_tokens=64, moved=2**20, matrix=64, patience=0.0)
+SMALL = Sizes(widths=(16,), tokens=40, windows=(None, 9), head_dim=16, new_tokens=6, steps=3,
+              context=16, lengths=(32, 64), timed=(2, 16, 16), batch_tokens=64, moved=2**20,
+              matrix=64, patience=0.0)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# The largest error allowed, in units of the definition's own error in the same dtype: forward, gradients.
+# The largest error allowed over the definition's own in the same dtype: forward, gradients.
 LIMITS = {"sdpa": (1.1, 2.0), "triton": (1.2, 2.0), "flash": (2.0, 2.0), "flex": (2.0, 2.0)}
 
 
@@ -98,15 +101,17 @@ def backend_cases(sizes):
 
 @functools.lru_cache(maxsize=None)
 def calls(D, sizes):
-    """Calls of `attention` as models make them: a list of (q, k, v, do, window, key_mask), in float64.
+    """Calls of `attention` as models make them: (q, k, v, do, window, key_mask), in float64.
 
-    Prefill, a chunk on a filled cache and one new token, each with every window; and at one width (since
-    Triton compiles its kernels anew for them) batches that are padded on the left, with key_mask (B, S).
+    Prefill, a chunk on a filled cache and one new token, each with every window; and at one width
+    (since Triton compiles its kernels anew for them) batches that are padded on the left, with
+    key_mask (B, S).
     """
     generator, B, H, S = torch.Generator().manual_seed(D), 2, 2, sizes.tokens
 
     def tensors(T):
-        return [torch.randn(B, H, n, D, generator=generator, dtype=torch.float64) for n in (T, S, S, T)]
+        return [torch.randn(B, H, n, D, generator=generator, dtype=torch.float64)
+                for n in (T, S, S, T)]
 
     padded = torch.arange(S) >= torch.tensor([[0], [S // 4]])              # (B, S)
     return ([(*tensors(T), window, None) for T in (S, S // 3, 1) for window in sizes.windows]
@@ -114,7 +119,7 @@ def calls(D, sizes):
 
 
 def output_and_gradients(backend, call, dtype, device, upcast):
-    """[out, dq, dk, dv] of one call, in float64 on the CPU.  Queries that may read nothing count as zeros."""
+    """[out, dq, dk, dv] of one call, float64, CPU.  Queries that may read nothing count as 0."""
     *tensors, window, key_mask = call
     q, k, v, do = (x.to(dtype).to(device) for x in tensors)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -134,7 +139,7 @@ def output_and_gradients(backend, call, dtype, device, upcast):
 
 @functools.lru_cache(maxsize=2)
 def truths(dtype, D, upcast, sizes):
-    """The definition in float64 on the CPU, of the numbers that `dtype` can hold: a list, as of calls."""
+    """For each call, the definition in float64 on the CPU, of the numbers that `dtype` can hold."""
     return [output_and_gradients("naive", (*(x.to(dtype).double() for x in call[:4]), *call[4:]),
                                  torch.float64, "cpu", upcast) for call in calls(D, sizes)]
 
@@ -143,7 +148,7 @@ def truths(dtype, D, upcast, sizes):
 def errors(backend, dtype, D, upcast, simple, device, sizes):
     """[out, dq, dk, dv]: the norm of the difference from the truth, over all calls together.
 
-    `simple` takes only calls with T = S and no padding, which is all that FlexAttention is used for here.
+    `simple` takes only calls with T = S and no padding, as FlexAttention is used here.
     """
     squares = [0.0] * 4
     for call, truth in zip(calls(D, sizes), truths(dtype, D, upcast, sizes)):
@@ -162,14 +167,14 @@ def need_gpu(backend, device):
 
 
 def check_backend(case, device, sizes):
-    """The error of a backend over the definition's, both against float64 and over all calls together."""
+    """The error of a backend over the definition's, both against float64, over all calls."""
     D, dtype, upcast, backend = case
     how = (dtype, D, upcast, backend == "flex", device, sizes)
     need_gpu(backend, device)
     try:
         A.choose_backend("sdpa" if backend == "flex" else backend)
         found = errors(backend, *how)
-    except (ImportError, ValueError) as error:             # not installed, or it says that it cannot do this
+    except (ImportError, ValueError) as error:             # missing, or not made for this call
         if isinstance(error, ValueError) and backend in ("sdpa", "triton"):
             raise
         raise CannotRun(f"{backend}: {first_line(error)}") from error
@@ -194,15 +199,18 @@ def first_line(error):
 # ------------------------------------------------------------------------------------------------
 
 def tiny_model(family, sizes, seed=0):
-    """A random model in float64 on the CPU: two heads, local layers that T leaves behind, wide weights.
+    """A random model in float64 on the CPU: two heads, a window shorter than T, wide weights.
 
-    (Weights of the usual size hide mistakes: with biases of 0 and norms of 1 many a step changes nothing.)
+    (Weights of the usual size hide mistakes: with biases of 0 and norms of 1 many a step changes
+    nothing.)
     """
     C, P = 2 * sizes.head_dim, 2 * sizes.tokens + sizes.new_tokens
-    common = dict(vocab_size=97, hidden_size=C, max_position_embeddings=P, bos_token_id=0, eos_token_id=0)
+    common = dict(vocab_size=97, hidden_size=C, max_position_embeddings=P,
+                  bos_token_id=0, eos_token_id=0)
     if family == "neo":
-        model = GPTNeoForCausalLM(GPTNeoConfig(**common, num_layers=4, num_heads=2, window_size=sizes.tokens // 3,
-                                               attention_types=[[["global", "local"], 2]]))
+        model = GPTNeoForCausalLM(GPTNeoConfig(
+            **common, num_layers=4, num_heads=2, window_size=sizes.tokens // 3,
+            attention_types=[[["global", "local"], 2]]))
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(
             **common, num_hidden_layers=3, num_attention_heads=2, intermediate_size=4 * C,
@@ -232,11 +240,12 @@ def model_cases(sizes):
 
 
 def logits_and_gradients(family, backend, dtype, device, sizes):
-    """Logits of the real tokens and, in at least float32, the gradient of every weight: float64, CPU."""
+    """Logits of the real tokens and, in at least float32, all gradients: in float64 on the CPU."""
     model = tiny_model(family, sizes).to(dtype).to(device)
     model.set_attn_implementation(backend)
     ids, mask = (x.to(device) for x in prompt(sizes))
-    first = mask.cumsum(1) <= 1                            # padding and the first token, which padding predicts
+    # padding and the first token, which padding predicts
+    first = mask.cumsum(1) <= 1
     out = model(ids, mask, labels=ids.masked_fill(first, -100))
     found = [out.logits[mask.bool()]]
     if dtype.itemsize >= 4:
@@ -254,10 +263,12 @@ def model_truth(family, sizes):
 def model_errors(family, backend, dtype, device, sizes):
     """Relative errors against the same model in float64: [logits] or [logits, gradients].
 
-    In half precision most of the error is of the weights' own rounding, and that is the definition's too.
+    In half precision most of the error is of the weights' own rounding, and that is the
+    definition's too.
     """
     found = logits_and_gradients(family, backend, dtype, device, sizes)
-    return [((x - true).norm() / true.norm()).item() for x, true in zip(found, model_truth(family, sizes))]
+    return [((x - true).norm() / true.norm()).item()
+            for x, true in zip(found, model_truth(family, sizes))]
 
 
 def check_model(case, device, sizes):
@@ -278,9 +289,10 @@ def check_model(case, device, sizes):
 # Generation, plain and compiled
 # ------------------------------------------------------------------------------------------------
 
-# How much less likely than the best token a chosen one may be, in standard deviations of the logits.
-# float32 may swap two tokens that are as good as equal.  Half precision errs more, above all in GPT-Neo, whose
-# scores are not scaled: on a CPU the definition reaches 0.03 and 0.32.  A forgotten window costs 0.9.
+# How far below the best token's logit a chosen one's may be, in standard deviations of the logits.
+# float32 may swap two tokens that are as good as equal.  Half precision errs more, above all in
+# GPT-Neo, whose scores are not scaled: on a CPU the definition reaches 0.03 in float16 and 0.32 in
+# bfloat16.  A forgotten window costs 0.9.
 MARGIN = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.6}
 
 
@@ -295,14 +307,17 @@ def compiled_cases(sizes):
 
 
 def check_generation(case, device, sizes):
-    """Greedy text of a padded batch, past the window: each token must be the likeliest in float64."""
+    """Greedy text of a padded batch, past the window: each token must be the likeliest in float64.
+    """
     family, backend, dtype, compile = case
-    exact = tiny_model(family, sizes).to(dtype).double()                   # the same rounded weights
+    # the same rounded weights
+    exact = tiny_model(family, sizes).to(dtype).double()
     model = tiny_model(family, sizes).to(dtype).to(device)
     ids, mask = prompt(sizes)
     try:
         model.set_attn_implementation(backend)
-        text = model.generate(ids.to(device), mask.to(device), do_sample=False, eos_token_id=None, pad_token_id=0,
+        text = model.generate(ids.to(device), mask.to(device), do_sample=False,
+                              eos_token_id=None, pad_token_id=0,
                               max_new_tokens=sizes.new_tokens, compile=compile).cpu()
     except ImportError as error:
         raise CannotRun(f"{backend}: {first_line(error)}") from error
@@ -310,7 +325,8 @@ def check_generation(case, device, sizes):
     exact.set_attn_implementation("naive")
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp(min=0)                      # as generate counts them
-        logits = exact(text, mask, positions).logits[:, ids.size(1) - 1:-1]       # (2, new tokens, V)
+        # (2, new tokens, V)
+        logits = exact(text, mask, positions).logits[:, ids.size(1) - 1:-1]
     chosen = logits.gather(-1, text[:, ids.size(1):, None])[..., 0]
     behind = ((logits.max(-1).values - chosen) / logits.std(-1)).max().item()
     title = f"{family} {backend} {name_of(dtype)}{' compiled' * compile}"
@@ -326,10 +342,11 @@ def training_cases(sizes):
 
 
 def losses_of_training(folder, name, device, *options, sizes, stop_after=None):
-    """Run train.py in this process; returns the loss of each step.  `stop_after` presses Ctrl-C once."""
+    """Run train.py here; returns each step's loss.  `stop_after`: Ctrl-C after so many steps."""
     out, steps = Path(folder, name), itertools.count(1)
-    argv = ["--text", str(ROOT / "LICENSE"), "--out", str(out), "--batch-size", "4", "--warmup", "1",
-            "--context", str(sizes.context), "--steps", str(sizes.steps), "--device", device, *options]
+    argv = ["--text", str(ROOT / "LICENSE"), "--out", str(out), "--batch-size", "4",
+            "--warmup", "1", "--context", str(sizes.context), "--steps", str(sizes.steps),
+            "--device", device, *options]
 
     def press(*_):
         if next(steps) == stop_after:
@@ -350,7 +367,8 @@ def losses_of_training(folder, name, device, *options, sizes, stop_after=None):
 
 
 def without_dropout(folder):
-    """A copy of checkpoints/demo-neo whose dropout is 0: other devices draw other random numbers."""
+    """A copy of checkpoints/demo-neo whose dropout is 0: other devices draw other random numbers.
+    """
     copy = Path(folder, "no-dropout")
     shutil.copytree(ROOT / "checkpoints" / "demo-neo", copy)
     config = json.loads((copy / "config.json").read_text())
@@ -364,7 +382,7 @@ def check_training(case, device, sizes):
     with tempfile.TemporaryDirectory() as folder:
         run = functools.partial(losses_of_training, folder, sizes=sizes)
         try:
-            if case == "stopped and resumed":              # with dropout, so random numbers must go on too
+            if case == "stopped and resumed":              # dropout: random numbers go on too
                 init = ("--init", str(ROOT / "checkpoints" / "demo-neo"))
                 expected = run("whole", device, *init)
                 run("parts", device, *init, stop_after=sizes.steps // 2)
@@ -387,14 +405,15 @@ def check_training(case, device, sizes):
 # ------------------------------------------------------------------------------------------------
 
 def card_speed(device, sizes):
-    """What this card reaches: bytes a second of a copy (read and written), operations a second of products."""
+    """What this card reaches: bytes a second of a copy, operations a second of matrix products."""
     device = torch.device(device)
     x = torch.ones(sizes.moved // 4, device=device)
     y = torch.empty_like(x)
     speed = {"bytes/s": 2 * x.nbytes / fastest(lambda: y.copy_(x), device)}
     for dtype in DTYPES:
         a, b = (torch.randn(sizes.matrix, sizes.matrix, device=device).to(dtype) for _ in range(2))
-        speed[f"operations/s {name_of(dtype)}"] = 2 * sizes.matrix ** 3 / fastest(lambda: a @ b, device)
+        took = fastest(lambda: a @ b, device)
+        speed[f"operations/s {name_of(dtype)}"] = 2 * sizes.matrix ** 3 / took
     return speed
 
 
@@ -415,8 +434,9 @@ def flex_cases(sizes):
 def least(T, B, layer, backward, dtype, sizes):
     """(bytes, operations) that one layer's attention needs at least.
 
-    Every tensor passes through memory once: q, k, v in, o out; backward q, k, v, o, do in, dq, dk, dv out.
-    Every pair that is visible takes two products of D numbers forward (q kᵀ and p v), and five backward.
+    Every tensor passes through memory once: q, k, v in, o out; backward q, k, v, o, do in, dq, dk,
+    dv out. Every pair that is visible takes two products of D numbers forward (q kᵀ and p v), and
+    five backward.
     """
     H, D, W = sizes.timed
     pairs = sum(min(i + 1, W if layer == "local" else T) for i in range(T))
@@ -425,7 +445,7 @@ def least(T, B, layer, backward, dtype, sizes):
 
 
 def time_backend(case, device, sizes):
-    """Milliseconds of one layer in half precision; a backend that errs is not timed but reported as wrong."""
+    """Milliseconds of one layer; a backend that errs is not timed and is reported as wrong."""
     T, layer, backward, backend = case
     (H, D, W), device = sizes.timed, torch.device(device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -441,15 +461,16 @@ def time_backend(case, device, sizes):
             return [dict(what=f"{title}: {result}", figure=math.nan, limit=0, right=False)]
         raise CannotRun(f"{backend}: {result}")
     size, operations = least(T, B, layer, backward, dtype, sizes)
-    return [row(title, result, None) | dict(T=T, B=B, layer=layer, backward=backward, backend=backend,
-                                            dtype=name_of(dtype), bytes=size, operations=operations)]
+    return [row(title, result, None) | dict(
+        T=T, B=B, layer=layer, backward=backward, backend=backend, dtype=name_of(dtype),
+        bytes=size, operations=operations)]
 
 
 # ------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------
 
-# Name, cases, function of a case, and the share of the whole time at which the part must have ended.
+# Name, cases, function of a case, and the share of the time at which the part must have ended.
 PARTS = (("backends", backend_cases, check_backend, 0.45),
          ("models", model_cases, check_model, 0.52),
          ("generation", generation_cases, check_generation, 0.57),
@@ -460,7 +481,7 @@ PARTS = (("backends", backend_cases, check_backend, 0.45),
 
 
 def run_part(name, cases, function, device, sizes, end):
-    """Run the cases one after the other until the clock says `end`; returns what there is to report."""
+    """Run the cases one after the other until the clock says `end`; returns what to report."""
     begin, part = time.perf_counter(), dict(name=name, rows=[], cannot_run=[], left_out=[])
     for case in cases(sizes):
         if time.perf_counter() > end:
@@ -470,7 +491,7 @@ def run_part(name, cases, function, device, sizes, end):
             part["rows"] += function(case, device, sizes)
         except CannotRun as reason:
             part["cannot_run"].append(dict(case=text_of(case), reason=str(reason)))
-        except Exception as error:                         # one broken case must not hide the others
+        except Exception as error:                         # one case must not hide the others
             what = f"{text_of(case)} raised {type(error).__name__}: {first_line(error)}"
             part["rows"].append(dict(what=what, figure=math.nan, limit=0, right=False))
     part["seconds"] = time.perf_counter() - begin
@@ -492,9 +513,10 @@ def run(out, device, minutes, missing=()):
     device, sizes = ("cpu", SMALL) if on_cpu else (device or "cuda", LARGE)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    report = dict(card=card_name(device), missing=list(missing), speed=card_speed(device, sizes), parts=[])
+    report = dict(card=card_name(device), missing=list(missing), speed=card_speed(device, sizes),
+                  parts=[])
     for name, cases, function, share in PARTS:
-        if on_cpu and name in ("compiled", "flex"):        # a minute of the C++ compiler, for no new code
+        if on_cpu and name in ("compiled", "flex"):        # a minute of compiling, for little
             continue
         part = run_part(name, cases, function, device, sizes, begin + 60 * minutes * share)
         report["parts"].append(part)
@@ -502,7 +524,8 @@ def run(out, device, minutes, missing=()):
         gpu_report.write(report, folder)
     report["plot"] = gpu_report.plot(report, folder / "gpu.png")
     gpu_report.write(report, folder)
-    print(f"wrote {folder}/gpu.md, gpu.json; {report['plot']}; {time.perf_counter() - begin:.0f} s in all")
+    print(f"wrote {folder}/gpu.md and gpu.json; {report['plot']}; "
+          f"{time.perf_counter() - begin:.0f} s in all")
     wrong = sum(not x["right"] for part in report["parts"] for x in part["rows"])
     if wrong:
         raise SystemExit(f"{wrong} of the results are wrong, see {folder}/gpu.md")

@@ -1,4 +1,4 @@
-"""What `benchmark.py gpu` writes: gpu.md with the tables, gpu.json with every figure, gpu.png with the plot."""
+"""What `benchmark.py gpu` writes: tables in gpu.md, every figure in gpu.json, a plot in gpu.png."""
 
 import json
 import math
@@ -10,8 +10,9 @@ from benchmarks import backends
 def summary(part):
     """One line about a part."""
     right = sum(x["right"] for x in part["rows"])
-    return (f"{part['name']}: {right} of {len(part['rows'])} results right, {len(part['cannot_run'])} cases "
-            f"cannot run here, {len(part['left_out'])} did not fit, {part['seconds']:.0f} s")
+    return (f"{part['name']}: {right} of {len(part['rows'])} results right, "
+            f"{len(part['cannot_run'])} cases cannot run here, {len(part['left_out'])} did not fit, "
+            f"{part['seconds']:.0f} s")
 
 
 def write(report, folder):
@@ -24,28 +25,33 @@ def markdown(report):
     """The lines of gpu.md."""
     speed = report["speed"]
     yield f"# {report['card']}\n"
-    yield "Measured: " + ", ".join(f"{value / 1e12:.2f} T{name}" for name, value in speed.items()) + ".\n"
+    yield "Measured: " + ", ".join(f"{value / 1e12:.2f} T{name}"
+                                   for name, value in speed.items()) + ".\n"
     if report["missing"]:
         yield f"Missing packages: {', '.join(report['missing'])}.\n"
-    yield "| part | right | wrong | cannot run here | did not fit | seconds |\n|---|---|---|---|---|---|"
+    yield "| part | right | wrong | cannot run here | did not fit | seconds |"
+    yield "|---|---|---|---|---|---|"
     for part in report["parts"]:
         right = sum(x["right"] for x in part["rows"])
-        yield (f"| {part['name']} | {right} | {len(part['rows']) - right} | {len(part['cannot_run'])} | "
-               f"{len(part['left_out'])} | {part['seconds']:.0f} |")
+        yield (f"| {part['name']} | {right} | {len(part['rows']) - right} | "
+               f"{len(part['cannot_run'])} | {len(part['left_out'])} | {part['seconds']:.0f} |")
     yield from listing("Wrong", (f"{x['what']}: {x['figure']:.3g}, limit {x['limit']}"
-                                 for part in report["parts"] for x in part["rows"] if not x["right"]))
+                                 for part in report["parts"] for x in part["rows"]
+                                 if not x["right"]))
     yield from largest(report)
     yield from timing_tables(report)
     if "plot" in report:
         yield f"\nPlot: {report['plot']}."
     yield from listing("Cannot run here", reasons(report))
-    yield from listing("Did not fit into the time", (f"{part['name']}: {case}" for part in report["parts"]
+    yield from listing("Did not fit into the time",
+                       (f"{part['name']}: {case}" for part in report["parts"]
                                                      for case in part["left_out"]))
 
 
 def reasons(report):
     """A line for each reason why cases cannot run, with their number."""
-    found = Counter((part["name"], x["reason"]) for part in report["parts"] for x in part["cannot_run"])
+    found = Counter((part["name"], x["reason"]) for part in report["parts"]
+                    for x in part["cannot_run"])
     return [f"{name}, {n} case{'s' * (n > 1)}: {reason}" for (name, reason), n in found.items()]
 
 
@@ -63,7 +69,8 @@ def largest(report):
                 words = [word for word in x["what"].split() if not word.startswith(("D=", "GPT"))]
                 key = part["name"], " ".join(words), x["limit"]
                 worst[key] = max(worst.get(key, 0.0), x["figure"])
-    yield "\n## The largest figure of each check\n\n| part | check | largest | limit |\n|---|---|---|---|"
+    yield "\n## The largest figure of each check\n"
+    yield "| part | check | largest | limit |\n|---|---|---|---|"
     for (name, what, limit), figure in worst.items():
         yield f"| {name} | {what} | {figure:.3g} | {limit:g} |"
 
@@ -74,13 +81,14 @@ def timings(report):
 
 
 def timing_tables(report):
-    """A table for each layer and direction: milliseconds (share of the bandwidth / of the matrix speed)."""
+    """A table for each layer and direction, with the shares of bandwidth and matrix speed."""
     found, speed = timings(report), report["speed"]
-    for layer, backward in sorted({(x["layer"], x["backward"]) for x in found}, key=lambda x: (x[1], x[0])):
+    for layer, backward in sorted({(x["layer"], x["backward"]) for x in found},
+                                  key=lambda x: (x[1], x[0])):
         rows = [x for x in found if (x["layer"], x["backward"]) == (layer, backward)]
         names = list(dict.fromkeys(x["backend"] for x in rows))
-        yield (f"\n## {layer} layer, {'forward and backward' if backward else 'forward'}: milliseconds "
-               f"(share of the bandwidth / of the matrix speed), {rows[0]['dtype']}\n")
+        yield (f"\n## {layer} layer, {'forward and backward' if backward else 'forward'}: "
+               f"milliseconds (share of the bandwidth / of the matrix speed), {rows[0]['dtype']}\n")
         yield "| T | texts | " + " | ".join(names) + " |\n|---|---|" + "---|" * len(names)
         for T in sorted({x["T"] for x in rows}):
             at = {x["backend"]: x for x in rows if x["T"] == T}

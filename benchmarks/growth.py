@@ -2,9 +2,10 @@
 
     python benchmark.py growth --rounds 3 --plot benchmarks/growth      decode.png and prefill.png
 
-Decoding: tokens a second and bytes of the cache against the context, and one query's attention in a local and
-in a global layer.  Prefill: seconds and peak memory against the length of the prompt.  GPT-Neo's local layers
-keep a window of 256 tokens, so half of its cache and of its attention stops growing there.
+Decoding: tokens a second and bytes of the cache against the context, and one query's attention in a
+local and in a global layer.  Prefill: seconds and peak memory against the length of the
+prompt.  GPT-Neo's local layers keep a window of 256 tokens, so half of its cache and of its
+attention stops growing there.
 """
 
 import statistics
@@ -52,16 +53,18 @@ def decoding(players, context, new_tokens, rounds):
     """Seconds a token at this context, by turns."""
     for player in players.values():
         player.fill_cache(prompt(context), new_tokens)
-    runs = {name: lambda p=p: statistics.median(p.decode(new_tokens)) for name, p in players.items()}
+    runs = {name: lambda p=p: statistics.median(p.decode(new_tokens))
+            for name, p in players.items()}
     return in_turns(runs, rounds)
 
 
 def cache_bytes(players, context, dtype):
-    """Bytes of keys and values after so many tokens: of a cache with just enough room, and of theirs."""
+    """Bytes of keys and values after so many tokens, in a cache with just enough room."""
     players["transformers"].fill_cache(prompt(context), 0)
     layers = players["transformers"].cache.layers
     theirs = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
-    return {"ours": KVCache(players["ours"].model.config, 1, context, dtype).nbytes, "transformers": theirs}
+    return {"ours": KVCache(players["ours"].model.config, 1, context, dtype).nbytes,
+            "transformers": theirs}
 
 
 def prefill(players, T, rounds):
@@ -89,32 +92,38 @@ def one_query(context, dtype, rounds, heads=12, width=64, window=256):
               (("global", context), ("local", min(window, context)))}
     runs = {kind: seconds(lambda k=k: [attention(q, k, k, scale=1.0) for _ in range(50)])
             for kind, k in caches.items()}
-    return {kind: [x / 50 for x in values] for kind, values in in_turns(runs, max(rounds, 5)).items()}
+    return {kind: [x / 50 for x in values]
+            for kind, values in in_turns(runs, max(rounds, 5)).items()}
 
 
 def report(found, dtype):
     """The same as tables."""
     middle = statistics.median
     for model in MODELS:
-        print(f"\ndecoding, {model} shape, {dtype}\n| context | " + " | ".join(f"{name}, ms a token" for name in NAMES)
-              + " | times as fast, compiled / plain | cache, MB, ours / theirs |\n|---|" + "---|" * (len(NAMES) + 2))
+        print(f"\ndecoding, {model} shape, {dtype}\n| context | "
+              + " | ".join(f"{name}, ms a token" for name in NAMES)
+              + " | times as fast, compiled / plain | cache, MB, ours / theirs |\n|---|"
+              + "---|" * (len(NAMES) + 2))
         for n, figures in found["decode"][model].items():
             cache = found["cache"][model][n]
             print(f"| {n} | " + " | ".join(f"{1e3 * middle(figures[name]):.1f}" for name in NAMES)
-                  + f" | {ratio(figures, 'compiled', 'transformers'):.2f} / {ratio(figures, 'ours', 'transformers'):.2f}"
+                  + f" | {ratio(figures, 'compiled', 'transformers'):.2f}"
+                  f" / {ratio(figures, 'ours', 'transformers'):.2f}"
                   f" | {cache['ours'] / 1e6:.1f} / {cache['transformers'] / 1e6:.1f} |")
-        print(f"\nprefill, {model} shape, {dtype}\n| tokens | ours, s | transformers, s | times as fast "
-              "| peak, MB, ours / theirs |"
+        print(f"\nprefill, {model} shape, {dtype}\n"
+              "| tokens | ours, s | transformers, s | times as fast | peak, MB, ours / theirs |"
               "\n|---|---|---|---|---|")
         for T, figures in found["prefill"][model].items():
             peaks = found["memory"][model][T]
-            print(f"| {T} | {middle(figures['ours']):.3f} | {middle(figures['transformers']):.3f} | "
+            print(f"| {T} | {middle(figures['ours']):.3f} | "
+                  f"{middle(figures['transformers']):.3f} | "
                   f"{ratio(figures, 'ours', 'transformers'):.2f} | "
                   f"{peaks['ours'] / 1e6:.0f} / {peaks['transformers'] / 1e6:.0f} |")
     print(f"\none query's attention, 12 heads 64 wide, {dtype}\n"
           "| context | global layer, µs | local layer, µs |\n|---|---|---|")
     for n, figures in found["layer"].items():
-        print(f"| {n} | {1e6 * middle(figures['global']):.0f} | {1e6 * middle(figures['local']):.0f} |")
+        both = (f"{1e6 * middle(figures[kind]):.0f}" for kind in ("global", "local"))
+        print(f"| {n} | " + " | ".join(both) + " |")
 
 
 def draw(found, dtype, prefix):
@@ -122,24 +131,29 @@ def draw(found, dtype, prefix):
     plt = pyplot()
     Path(prefix).mkdir(parents=True, exist_ok=True)
     middle = statistics.median
-    pages = {"decode": ("decoding", "context, tokens", "tokens a second", lambda x: 1 / middle(x), "cache",
+    pages = {"decode": ("decoding", "context, tokens", "tokens a second", lambda x: 1 / middle(x),
+                        "cache",
                         "keys and values, MB"),
-             "prefill": ("prefill", "prompt, tokens", "seconds", middle, "memory", "peak memory of the process, MB")}
+             "prefill": ("prefill", "prompt, tokens", "seconds", middle, "memory",
+                         "peak memory of the process, MB")}
     for page, (doing, x_label, y_label, shown, bytes_of, bytes_label) in pages.items():
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         for model, line in MODELS.items():
             for name in NAMES:
-                for axes, what, value in ((left, page, shown), (right, bytes_of, lambda x: x / 1e6)):
+                for axes, what, value in ((left, page, shown),
+                                          (right, bytes_of, lambda x: x / 1e6)):
                     rows = found[what][model]
                     if name in next(iter(rows.values())):
-                        axes.plot(list(rows), [value(figures[name]) for figures in rows.values()], line, marker="o",
+                        axes.plot(list(rows), [value(figures[name]) for figures in rows.values()],
+                                  line, marker="o",
                                   markersize=3, color=COLOURS[name], label=f"{model}, {name}")
         for axes, label in ((left, y_label), (right, bytes_label)):
             axes.set(xlabel=x_label, ylabel=label, ylim=(0, None))
             axes.grid(alpha=0.3)
         figure.suptitle(f"{doing}, {dtype}, {torch.get_num_threads()} CPU threads")
         handles = {h.get_label(): h for axes in (left, right) for h in axes.get_lines()}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3,
+                      frameon=False)
         figure.savefig(f"{prefix}/{page}.png", dpi=110)
         plt.close(figure)
         print(f"wrote {prefix}/{page}.png")

@@ -2,8 +2,9 @@
 
     pip install llama-cpp-python==0.3.36 gguf==0.19.0       (builds C++, a quarter of an hour)
 
-The weights go into a GGUF file under the names and in the order that llama.cpp reads (gptneox: QKV of all heads
-first Q, then K, then V), with a stand-in vocabulary: token ids are all that a benchmark needs.
+The weights go into a GGUF file under the names and in the order that llama.cpp reads (gptneox: QKV
+of all heads first Q, then K, then V), with a stand-in vocabulary: token ids are all that a
+benchmark needs.
 """
 
 import json
@@ -13,8 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-LAYER = {"input_layernorm": "attn_norm", "attention.query_key_value": "attn_qkv", "attention.dense": "attn_output",
-         "post_attention_layernorm": "ffn_norm", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
+LAYER = {"input_layernorm": "attn_norm", "attention.query_key_value": "attn_qkv",
+         "attention.dense": "attn_output",
+         "post_attention_layernorm": "ffn_norm", "mlp.dense_h_to_4h": "ffn_up",
+         "mlp.dense_4h_to_h": "ffn_down"}
 
 
 def thirds(x, heads):
@@ -56,7 +59,8 @@ def write_gguf(folder, file, dtype):
                 target = {"gpt_neox.embed_in": "token_embd", "embed_out": "output",
                           "gpt_neox.final_layer_norm": "output_norm"}[stem] + f".{tail}"
             if x.dim() == 2 and dtype == torch.bfloat16:
-                writer.add_tensor(target, x.bfloat16().view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+                writer.add_tensor(target, x.bfloat16().view(torch.uint8).numpy(),
+                                  raw_dtype=gguf.GGMLQuantizationType.BF16)
             else:
                 writer.add_tensor(target, x.numpy())
     writer.write_header_to_file()
@@ -73,7 +77,8 @@ class LlamaCpp:
         file = f"{folder}/{str(dtype).removeprefix('torch.')}.gguf"
         write_gguf(folder, file, dtype)
         threads = torch.get_num_threads()
-        self.llama = llama_cpp.Llama(file, n_ctx=2100, n_batch=2048, n_ubatch=512, n_threads=threads,
+        self.llama = llama_cpp.Llama(file, n_ctx=2100, n_batch=2048, n_ubatch=512,
+                                     n_threads=threads,
                                      n_threads_batch=threads, logits_all=False, verbose=False)
 
     def prefill(self, ids, keep=1):

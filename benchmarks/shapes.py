@@ -16,9 +16,11 @@ def pythia(layers, width, heads, vocab_size=50304):
 
 
 SHAPES = {
-    "gpt-neo-125m": GPTNeoConfig(hidden_size=768, num_layers=12, num_heads=12, attention_types=alternating(12)),
+    "gpt-neo-125m": GPTNeoConfig(hidden_size=768, num_layers=12, num_heads=12,
+                                 attention_types=alternating(12)),
     "gpt-neo-1.3B": GPTNeoConfig(),
-    "gpt-neo-2.7B": GPTNeoConfig(hidden_size=2560, num_layers=32, num_heads=20, attention_types=alternating(32)),
+    "gpt-neo-2.7B": GPTNeoConfig(hidden_size=2560, num_layers=32, num_heads=20,
+                                 attention_types=alternating(32)),
     "gpt-neox-20b": GPTNeoXConfig(),
     "pythia-70m": pythia(6, 512, 8),
     "pythia-160m": pythia(12, 768, 12),

@@ -1,12 +1,12 @@
-"""What takes the place of a missing package, so that `benchmark.py gpu` needs torch and triton alone.
+"""What replaces a missing package, so that `benchmark.py gpu` needs torch and triton alone.
 
-Machines with a GPU are often borrowed, without a network and without pip.  The checks there look at the
-models and not at texts or files, so each package that the project imports at the top of a module may be
-missing:
+Machines with a GPU are often borrowed, without a network and without pip.  The checks there look at
+the models and not at texts or files, so each package that the project imports at the top of a
+module may be missing:
 
     tqdm           no progress bar is shown
-    tiktoken       every byte of a text becomes a token of its own: right ids, in more tokens than needed
-    safetensors    no checkpoint can be read or written, so the check of train.py says that it cannot run
+    tiktoken       every byte of a text becomes a token of its own: right ids, but more of them
+    safetensors    checkpoints cannot be read or written, so train.py cannot be checked
 """
 
 import importlib.machinery
@@ -63,12 +63,12 @@ CONTENTS = {
 
 
 def install():
-    """Put a stand-in in the place of each package that is missing; returns the missing packages' names."""
+    """Put a stand-in in the place of each missing package; returns the names of these packages."""
     gone = [name for name in CONTENTS if "." not in name and name not in sys.modules
             and importlib.util.find_spec(name) is None]
     for name, contents in CONTENTS.items():
         if name.split(".")[0] in gone:
             sys.modules[name] = module = types.ModuleType(name)
-            module.__spec__ = importlib.machinery.ModuleSpec(name, None)   # torch.compile looks at it
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)   # torch.compile reads it
             vars(module).update(contents)
     return gone

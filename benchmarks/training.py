@@ -2,8 +2,8 @@
 
     python benchmark.py train --rounds 3                       2 texts of 1024 tokens
 
-Times are taken by turns in one process.  Each peak of memory is that of a process of its own, with weights,
-gradients and the optimizer's two moments.
+Times are taken by turns in one process.  Each peak of memory is that of a process of its own, with
+weights, gradients and the optimizer's two moments.
 """
 
 import statistics
@@ -46,7 +46,8 @@ def run(model, dtype, rounds):
     dtype = getattr(torch, dtype or "float32")
     with tempfile.TemporaryDirectory() as folder:
         write(model, folder, dtype)
-        peaks = {name: in_fresh_process(STEPS.format(name=name, folder=folder, dtype=name_of(dtype)))
+        peaks = {name: in_fresh_process(STEPS.format(name=name, folder=folder,
+                                                     dtype=name_of(dtype)))
                  for name in NAMES}
         steps = {name: trainer(name, folder, dtype) for name in NAMES}
         times = in_turns({name: seconds(step) for name, step in steps.items()}, rounds)

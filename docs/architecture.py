@@ -2,7 +2,8 @@
 
     python docs/architecture.py
 
-The same part has the same colour on both sides, so that what differs is the arrangement and the text.
+The same part has the same colour on both sides, so that what differs is the arrangement and the
+text.
 """
 
 from pathlib import Path
@@ -19,7 +20,8 @@ def text(x, y, words, size=14, colour=LINE, weight="normal", anchor="middle"):
 
 
 def box(x, y, kind, *lines, width=150):
-    """A part of the model with its centre at x and its top at y; the first line is its name in the code."""
+    """A part of the model with its centre at x and its top at y; the first line is its name in the
+    code."""
     height = 14 + 18 * len(lines)
     words = [text(x, y + 21 + 18 * i, line, 14 if i == 0 else 12, LINE if i == 0 else GREY,
                   "bold" if i == 0 else "normal") for i, line in enumerate(lines)]
@@ -30,18 +32,20 @@ def box(x, y, kind, *lines, width=150):
 def arrow(*points):
     """A line through the points (x, y), with a head at the last one."""
     path = " L ".join(f"{x} {y}" for x, y in points)
-    return f'<path d="M {path}" fill="none" stroke="{LINE}" stroke-width="1.4" marker-end="url(#head)"/>'
+    return (f'<path d="M {path}" fill="none" stroke="{LINE}" stroke-width="1.4" '
+            'marker-end="url(#head)"/>')
 
 
 def plus(x, y):
-    return (f'<circle cx="{x}" cy="{y}" r="12" fill="{COLOURS["sum"]}" stroke="{LINE}" stroke-width="1.4"/>'
-            + text(x, y + 6, "+", 18))
+    return (f'<circle cx="{x}" cy="{y}" r="12" fill="{COLOURS["sum"]}" stroke="{LINE}" '
+            'stroke-width="1.4"/>' + text(x, y + 6, "+", 18))
 
 
 def frame(x, y, width, height, words):
     """The block that is repeated."""
     return (f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="12" fill="none" '
-            f'stroke="{GREY}" stroke-dasharray="6 4"/>' + text(x + width - 12, y + height - 6, words, 13, GREY, anchor="end"))
+            f'stroke="{GREY}" stroke-dasharray="6 4"/>'
+            + text(x + width - 12, y + height - 6, words, 13, GREY, anchor="end"))
 
 
 def title(x, name, sentence):
@@ -59,7 +63,8 @@ def neo(x=240):
         frame(40, 172, 400, 350, "Block, repeated"),
         arrow((x, 194), (side, 194), (side, 356), (x - 14, 356)),
         box(x, 214, "norm", "ln_1"), arrow((x, 246), (x, 260)),
-        box(x, 262, "attention", "attn", "q · k, not divided by √D", "global and local layers alternate", width=230),
+        box(x, 262, "attention", "attn", "q · k, not divided by √D",
+            "global and local layers alternate", width=230),
         arrow((x, 330), (x, 342)), plus(x, 356), arrow((x, 368), (x, 394)),
         arrow((x, 378), (side, 378), (side, 500), (x - 14, 500)),
         box(x, 396, "norm", "ln_2"), arrow((x, 428), (x, 440)),
@@ -75,15 +80,18 @@ def neox(x=740):
         title(x, "GPT-NeoX, Pythia", "neox.py: attention and MLP side by side"),
         text(x, 88, "ids (B, T)"), arrow((x, 94), (x, 108)),
         box(x, 110, "embed", "embed", "no vector for the position", width=240),
-        arrow((x, 160), (x, 194), (left, 194), (left, 214)), arrow((x, 194), (right, 194), (right, 214)),
+        arrow((x, 160), (x, 194), (left, 194), (left, 214)),
+        arrow((x, 194), (right, 194), (right, 214)),
         frame(508, 172, 432, 350, "Block, repeated"),
         arrow((left, 194), (side, 194), (side, 500), (x - 14, 500)),
         box(left, 216, "norm", "ln_1"), arrow((left, 248), (left, 294)),
-        box(left, 296, "attention", "attn", "rotary positions on a part", "of each head; q · k / √D",
+        box(left, 296, "attention", "attn", "rotary positions on a part",
+            "of each head; q · k / √D",
             "q, k, v interleaved by head", width=205),
         arrow((left, 382), (left, 430), (x, 430), (x, 486)),
         box(right, 216, "norm", "ln_2"), arrow((right, 248), (right, 294)),
-        box(right, 296, "mlp", "mlp"), arrow((right, 328), (right, 500), (x + 14, 500)), plus(x, 500),
+        box(right, 296, "mlp", "mlp"), arrow((right, 328), (right, 500), (x + 14, 500)),
+        plus(x, 500),
         *end(x, "lm_head", "a matrix of its own"),
     ]
 
@@ -96,8 +104,9 @@ def end(x, name, note):
 
 
 def picture():
-    head = (f'<marker id="head" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" '
-            f'orient="auto"><path d="M 0 0 L 10 5 L 0 10 z" fill="{LINE}"/></marker>')
+    head = ('<marker id="head" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" '
+            f'markerHeight="7" orient="auto"><path d="M 0 0 L 10 5 L 0 10 z" '
+            f'fill="{LINE}"/></marker>')
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
              'font-family="Helvetica, Arial, sans-serif">',
              f"<title>GPT-Neo and GPT-NeoX side by side</title><defs>{head}</defs>",

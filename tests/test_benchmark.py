@@ -19,24 +19,34 @@ from conftest import ROOT
 
 def run(*command, **extra):
     """Outside Triton's interpreter, in which nothing can be compiled."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "FLASH"))} | extra
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items()
+           if not name.startswith(("TRITON", "FLASH"))} | extra
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
 
 
 def test_kernels_compile_without_a_spill():
-    """Width 64, half precision, A100 and H100, with padding and without; `benchmark.py kernels` does all."""
-    code = ("import json, triton\nfrom benchmarks import kernels as K\n"
-            "if __name__ == '__main__': print(json.dumps([K.failures(found := K.compile_all((64,), ('fp16',))), found]))")
+    """Width 64, half precision, A100 and H100, with padding and without."""
+    code = ("import json, triton
+from benchmarks import kernels as K
+"
+            "if __name__ == '__main__':
+"
+            "    found = K.compile_all((64,), ('fp16',))
+"
+            "    print(json.dumps([K.failures(found), found]))")
     out = run("-c", code)
     assert out.returncode == 0, out.stderr
     failed, found = json.loads(out.stdout)
     assert failed == [] and len(found) == 12
-    assert all(x["spilled"] == 0 and x["registers"] > 32 and x["tensor_core_instructions"] > 0 for x in found)
+    assert all(x["spilled"] == 0 and x["registers"] > 32 and x["tensor_core_instructions"] > 0
+               for x in found)
 
 
 def test_failures_are_noticed():
     good = dict(dtype="fp16", spilled=0, shared=1, shared_limit=2, tensor_core_instructions=3)
-    bad = [good | change for change in (dict(spilled=4), dict(shared=3), dict(tensor_core_instructions=0))]
+    bad = [good | change
+           for change in (dict(spilled=4), dict(shared=3), dict(tensor_core_instructions=0))]
     assert kernels.failures([good, *bad]) == bad
 
 
@@ -61,31 +71,37 @@ def test_all_kernels_compile_as_the_page_says():
     """Every width and dtype; benchmarks/kernels.md is this command's output."""
     out = run("benchmark.py", "kernels")
     assert out.returncode == 0, out.stderr
-    assert out.stdout.splitlines()[1:] == (ROOT / "benchmarks" / "kernels.md").read_text().splitlines()[1:]
+    page = (ROOT / "benchmarks" / "kernels.md").read_text()
+    assert out.stdout.splitlines()[1:] == page.splitlines()[1:]
 
 
 @pytest.mark.slow
 def test_attention_is_timed_and_checked(tmp_path):
     """What runs on a CPU, with the reasons of what does not, and the plot."""
     pytest.importorskip("matplotlib")
-    out = run("benchmark.py", "attention", "--lengths", "32", "64", "--heads", "1", "--head-dim", "16", "--window", "16",
+    out = run("benchmark.py", "attention", "--lengths", "32", "64", "--heads", "1", "--head-dim",
+              "16", "--window", "16",
               "--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "all.json"))
     assert out.returncode == 0, out.stderr
     assert "there is no CUDA GPU" in out.stdout and "flash-attn package" in out.stdout
     rows = json.loads((tmp_path / "all.json").read_text())["attention"]
-    assert len(rows) == 8 and all(isinstance(row["milliseconds"][b], float) for row in rows for b in ("naive", "sdpa"))
+    assert len(rows) == 8 and all(isinstance(row["milliseconds"][b], float)
+                                  for row in rows for b in ("naive", "sdpa"))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Two shapes small enough to time in a test; returns a function that runs a command and gives its JSON."""
+    """Two shapes small enough to time in a test; returns a function that runs a command and gives
+    its JSON."""
     from benchmarks import growth
     from benchmarks.shapes import SHAPES
     from neo import GPTNeoConfig
     from neox import GPTNeoXConfig
-    small = {"tiny-neo": GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]),
-             "tiny-neox": GPTNeoXConfig(vocab_size=50304, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+    small = {"tiny-neo": GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2,
+                                      attention_types=[[["global", "local"], 1]]),
+             "tiny-neox": GPTNeoXConfig(vocab_size=50304, hidden_size=16, num_hidden_layers=2,
+                                        num_attention_heads=2,
                                         intermediate_size=64, rotary_pct=0.5)}
     for name, config in small.items():
         monkeypatch.setitem(SHAPES, name, config)
@@ -101,20 +117,26 @@ def tiny(monkeypatch, tmp_path):
 
 
 def test_prefill_is_timed_for_all(tiny, capsys, tmp_path):
-    found = tiny("prefill", "--model", "tiny-neo", "--rounds", "2", "--lengths", "20", "300", "--plot", str(tmp_path / "plot.png"))
-    assert {T: {name: len(times) for name, times in figures.items()} for T, figures in found.items()} == {
+    found = tiny("prefill", "--model", "tiny-neo", "--rounds", "2", "--lengths", "20", "300",
+                 "--plot", str(tmp_path / "plot.png"))
+    assert {T: {name: len(times) for name, times in figures.items()}
+            for T, figures in found.items()} == {
         T: {"ours": 2, "transformers": 2} for T in ("20", "300")}
-    assert "share of the floor" in capsys.readouterr().out and (tmp_path / "plot.png").stat().st_size > 10_000
+    assert "share of the floor" in capsys.readouterr().out
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-neo", "tiny-neox"])
 def test_decode_and_batch_are_timed_for_all(tiny, model, capsys):
     names = {"ours", "compiled", "transformers"}
-    found = tiny("decode", "--model", model, "--rounds", "2", "--contexts", "16", "300", "--new-tokens", "3")
-    assert found.keys() == {"16", "300"} and all(figures.keys() == names for figures in found.values())
+    found = tiny("decode", "--model", model, "--rounds", "2", "--contexts", "16", "300",
+                 "--new-tokens", "3")
+    assert found.keys() == {"16", "300"} and all(figures.keys() == names
+                                                 for figures in found.values())
     found = tiny("batch", "--model", model, "--rounds", "1", "--new-tokens", "3")
-    assert found.keys() == {"1", "4", "16"} and all(figures.keys() == names for figures in found.values())
+    assert found.keys() == {"1", "4", "16"} and all(figures.keys() == names
+                                                    for figures in found.values())
     assert "| 16 |" in capsys.readouterr().out
 
 
@@ -126,7 +148,8 @@ def test_memory_training_and_growth(tiny, capsys, tmp_path):
     found = tiny("train", "--model", "tiny-neox", "--rounds", "1")
     assert found["seconds"].keys() == found["peak bytes"].keys() == {"ours", "transformers"}
     found = tiny("growth", "--rounds", "1", "--new-tokens", "2", "--plot", str(tmp_path / "plots"))
-    assert found["cache"]["tiny-neo"]["300"] == {"ours": 4 * 2 * 16 * (300 + 256), "transformers": 4 * 2 * 16 * 600}
+    assert found["cache"]["tiny-neo"]["300"] == {"ours": 4 * 2 * 16 * (300 + 256),
+                                                 "transformers": 4 * 2 * 16 * 600}
     assert found["cache"]["tiny-neox"]["300"]["ours"] == 4 * 2 * 16 * 600
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"decode.png", "prefill.png"}
     assert "one query's attention" in capsys.readouterr().out
@@ -141,9 +164,14 @@ def test_ceilings(tiny, capsys):
 # benchmark.py gpu, as far as it can be tried without a GPU
 
 def few(part, every):
-    """A part of the command that takes one case in so many, without the interpreter, which is slow."""
+    """A part of the command that takes one case in so many, without the interpreter, which is slow.
+    """
     name, cases, function, share = part
-    return name, lambda sizes: [x for x in cases(sizes) if "triton" not in x][::every], function, share
+
+    def some(sizes):
+        return [x for x in cases(sizes) if "triton" not in x][::every]
+
+    return name, some, function, share
 
 
 def gpu_on_cpu(folder):
@@ -158,11 +186,13 @@ def test_the_gpu_command_works_at_small_sizes(monkeypatch, tmp_path):
     every = dict(backends=4, models=4, generation=99, compiled=99, training=9, timings=1, flex=99)
     monkeypatch.setattr(gpu, "PARTS", [few(part, every[part[0]]) for part in gpu.PARTS])
     report = gpu_on_cpu(tmp_path)
-    assert [part["name"] for part in report["parts"]] == ["backends", "models", "generation", "training", "timings"]
+    assert [part["name"] for part in report["parts"]] == ["backends", "models", "generation",
+                                                          "training", "timings"]
     assert all(part["rows"] and part["left_out"] == [] for part in report["parts"])
     page = (tmp_path / "gpu.md").read_text()
     assert "## global layer, forward and backward: milliseconds (share of the bandwidth" in page
-    assert "* models, 2 cases: flash: it needs a GPU" in page and "Plot: the plot is gpu.png." in page
+    assert "* models, 2 cases: flash: it needs a GPU" in page
+    assert "Plot: the plot is gpu.png." in page
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
 
@@ -179,11 +209,13 @@ def test_without_a_gpu_the_command_says_so(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         benchmark.main(["gpu", "--out", str(tmp_path / "new")])
     assert end.value.code == 2 and not (tmp_path / "new").exists()
-    assert capsys.readouterr().err == "benchmark.py gpu: error: torch finds no CUDA GPU on this machine\n"
+    assert capsys.readouterr().err == (
+        "benchmark.py gpu: error: torch finds no CUDA GPU on this machine\n")
 
 
 def test_what_is_wrong_fails_the_gpu_command(monkeypatch, tmp_path):
-    """A backend that errs, one that raises, one that is missing, and one that the time does not reach."""
+    """A backend that errs, one that raises, one that is missing, and one that the time does not
+    reach."""
     def check(case, device, sizes):
         if case == "broken":
             raise RuntimeError("illegal memory access")
@@ -191,7 +223,8 @@ def test_what_is_wrong_fails_the_gpu_command(monkeypatch, tmp_path):
             raise gpu.CannotRun("no such package")
         return [gpu.row(case, float("nan") if case == "nan" else 3.0, 2.0)]
 
-    part = gpu.run_part("p", lambda sizes: ["large", "nan", "broken", "missing"], check, "cpu", gpu.SMALL, float("inf"))
+    part = gpu.run_part("p", lambda sizes: ["large", "nan", "broken", "missing"], check, "cpu",
+                        gpu.SMALL, float("inf"))
     assert [x["right"] for x in part["rows"]] == [False, False, False]
     assert part["cannot_run"] == [dict(case="missing", reason="no such package")]
     late = gpu.run_part("p", lambda sizes: ["large"], check, "cpu", gpu.SMALL, 0.0)
@@ -228,7 +261,8 @@ sys.argv = ["benchmark.py", "gpu", "--device", "cpu", "--out", {out!r}, "--minut
 import benchmark
 benchmark.main()
 from benchmarks import gpu
-assert gpu.check_generation(("neo", "sdpa", benchmark.torch.float32, False), "cpu", gpu.SMALL)[0]["right"]
+case = ("neo", "sdpa", benchmark.torch.float32, False)
+assert gpu.check_generation(case, "cpu", gpu.SMALL)[0]["right"]
 try:
     gpu.check_training("bfloat16", "cpu", gpu.SMALL)
 except gpu.CannotRun as reason:
@@ -248,10 +282,12 @@ def test_the_gpu_command_needs_torch_alone(tmp_path):
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:    # for another system or Python
             continue
-        wanted += [re.match(r"[\w.-]+", line)[0] for line in distribution.requires or [] if "extra ==" not in line]
+        wanted += [re.match(r"[\w.-]+", line)[0] for line in distribution.requires or []
+                   if "extra ==" not in line]
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
             (packages / top).symlink_to(distribution.locate_file(top))
-    assert not any((packages / name).exists() for name in ("numpy", "tqdm", "tiktoken", "safetensors", "matplotlib"))
+    assert not any((packages / name).exists()
+                   for name in ("numpy", "tqdm", "tiktoken", "safetensors", "matplotlib"))
     code = ALONE.format(packages=str(packages), root=str(ROOT), out=str(tmp_path / "out"))
     out = run("-I", "-S", "-c", code)
     assert out.returncode == 0, out.stderr
