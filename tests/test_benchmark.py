@@ -27,13 +27,10 @@ def run(*command, **extra):
 
 def test_kernels_compile_without_a_spill():
     """Width 64, half precision, A100 and H100, with padding and without."""
-    code = ("import json, triton
-from benchmarks import kernels as K
-"
-            "if __name__ == '__main__':
-"
-            "    found = K.compile_all((64,), ('fp16',))
-"
+    code = ("import json, triton\n"
+            "from benchmarks import kernels as K\n"
+            "if __name__ == '__main__':\n"
+            "    found = K.compile_all((64,), ('fp16',))\n"
             "    print(json.dumps([K.failures(found), found]))")
     out = run("-c", code)
     assert out.returncode == 0, out.stderr
