@@ -16,6 +16,7 @@ import torch
 
 import attention as A
 from benchmarks.common import COLOURS, name_of, pyplot
+from files import error_line
 
 
 def flex(q, k, v, *, scale, window=None):
@@ -46,19 +47,29 @@ def whole(backend, q, k, v, do, **how):
     return [out.detach(), *torch.autograd.grad(out, leaves, do)]
 
 
-def errors(backend, tensors, backward, **how):
-    """Relative norm against float64 of the output and, with `backward`, of the three gradients."""
-    def both(name, inputs):
-        return whole(name, *inputs, **how) if backward else [BACKENDS[name](*inputs[:3], **how)]
+def results(backend, tensors, backward, **how):
+    """[output] of q, k, v, do or, with `backward`, [output, dq, dk, dv]."""
+    if backward:
+        return whole(backend, *tensors, **how)
+    with torch.no_grad():
+        return [BACKENDS[backend](*tensors[:3], **how)]
 
-    truth = both("naive", [x.double() for x in tensors])
-    return [((x.double() - true).norm() / true.norm()).item()
-            for x, true in zip(both(backend, tensors), truth)]
+
+def errors(backend, tensors, backward, **how):
+    """Relative norms against float64 of the backend's results and of the definition's: two lists.
+
+    Heads do not know of each other, so one of them tells enough; but the backend computes all, since
+    FlexAttention would be compiled anew for a single one.
+    """
+    head = [x[:1, :1] for x in tensors]
+    truth = results("naive", [x.double() for x in head], backward, **how)
+    found = [x[:1, :1] for x in results(backend, tensors, backward, **how)]
+    return [[((x.double() - true).norm() / true.norm()).item() for x, true in zip(some, truth)]
+            for some in (found, results("naive", head, backward, **how))]
 
 
 def milliseconds(function, device, least=5, seconds=1.0):
-    """Median of many runs, by device events on a GPU; at least `least` runs, and about `seconds` of
-    them."""
+    """Median of at least `least` runs, for about so many seconds; a GPU is timed by its events."""
     for _ in range(2):
         function()                                         # compiles, warms up
     times, end = [], time.perf_counter() + seconds
@@ -82,19 +93,16 @@ def measure(backend, q, k, v, do, backward, seconds=1.0, **how):
     if backend == "triton" and A.INTERPRETED:
         return "interpreted: right, and not worth timing"
     try:
-        head = [x[:1, :1] for x in (q, k, v, do)]
-        mine, bound = (errors(name, head, backward, **how) for name in (backend, "naive"))
+        mine, bound = errors(backend, (q, k, v, do), backward, **how)
         if any(not a <= 2 * b + 1e-7 for a, b in zip(mine, bound)):
             return f"WRONG: error {max(mine):.1e}, the definition's {max(bound):.1e}"
-        run = (functools.partial(whole, backend, q, k, v, do) if backward
-               else functools.partial(BACKENDS[backend], q, k, v))
-        with torch.set_grad_enabled(backward):
-            return milliseconds(functools.partial(run, **how), q.device, seconds=seconds)
+        run = functools.partial(results, backend, (q, k, v, do), backward, **how)
+        return milliseconds(run, q.device, seconds=seconds)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return "out of memory"
     except (ImportError, ValueError, RuntimeError) as error:
-        return str(error).strip().splitlines()[0][:160]
+        return error_line(error)
 
 
 def inputs(B, heads, T, head_dim, dtype, device):

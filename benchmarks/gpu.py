@@ -48,6 +48,7 @@ import attention as A
 import train
 from benchmarks import backends, gpu_report
 from benchmarks.common import ROOT, name_of
+from files import error_line
 from neo import GPTNeoConfig, GPTNeoForCausalLM
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -78,7 +79,7 @@ SMALL = Sizes(widths=(16,), tokens=40, windows=(None, 9), head_dim=16, new_token
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The largest error allowed over the definition's own in the same dtype: forward, gradients.
-LIMITS = {"sdpa": (1.1, 2.0), "triton": (1.2, 2.0), "flash": (2.0, 2.0), "flex": (2.0, 2.0)}
+LIMITS = {"sdpa": (1.1, 2.0), "triton": (1.2, 2.0), "flash": (2.0, 2.0)}
 
 
 class CannotRun(Exception):
@@ -123,12 +124,9 @@ def output_and_gradients(backend, call, dtype, device, upcast):
     *tensors, window, key_mask = call
     q, k, v, do = (x.to(dtype).to(device) for x in tensors)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    how = dict(scale=1.0 if upcast else q.size(-1) ** -0.5, window=window)
-    if backend == "flex":
-        out = backends.flex(*leaves, **how)
-    else:
-        mask = None if key_mask is None else key_mask.to(device)
-        out = A.attention(*leaves, **how, key_mask=mask, upcast=upcast, backend=backend)
+    out = A.attention(*leaves, scale=1.0 if upcast else q.size(-1) ** -0.5, window=window,
+                      key_mask=None if key_mask is None else key_mask.to(device),
+                      upcast=upcast, backend=backend)
     seen = A.visible(q.size(2), k.size(2), window)[None]                   # (1 or B, T, S)
     if key_mask is not None:
         seen = seen & key_mask[:, None, :]
@@ -145,39 +143,32 @@ def truths(dtype, D, upcast, sizes):
 
 
 @functools.lru_cache(maxsize=4)
-def errors(backend, dtype, D, upcast, simple, device, sizes):
-    """[out, dq, dk, dv]: the norm of the difference from the truth, over all calls together.
-
-    `simple` takes only calls with T = S and no padding, as FlexAttention is used here.
-    """
+def errors(backend, dtype, D, upcast, device, sizes):
+    """[out, dq, dk, dv]: the norm of the difference from the truth, over all calls together."""
     squares = [0.0] * 4
     for call, truth in zip(calls(D, sizes), truths(dtype, D, upcast, sizes)):
-        q, k, *_, key_mask = call
-        if simple and (key_mask is not None or q.size(2) < k.size(2)):
-            continue
         for i, x in enumerate(output_and_gradients(backend, call, dtype, device, upcast)):
             squares[i] += (x - truth[i]).norm().item() ** 2
     return [math.sqrt(x) for x in squares]
 
 
 def need_gpu(backend, device):
-    """Raise CannotRun for flash-attn and FlexAttention's backward pass on a CPU."""
-    if device == "cpu" and backend in ("flash", "flex"):
-        raise CannotRun(f"{backend}: it needs a GPU")
+    """Raise CannotRun for flash-attn on a CPU (tests/test_flash.py interprets it there)."""
+    if device == "cpu" and backend == "flash":
+        raise CannotRun("flash: it needs a GPU")
 
 
 def check_backend(case, device, sizes):
     """The error of a backend over the definition's, both against float64, over all calls."""
     D, dtype, upcast, backend = case
-    how = (dtype, D, upcast, backend == "flex", device, sizes)
+    how = (dtype, D, upcast, device, sizes)
     need_gpu(backend, device)
     try:
-        A.choose_backend("sdpa" if backend == "flex" else backend)
         found = errors(backend, *how)
     except (ImportError, ValueError) as error:             # missing, or not made for this call
-        if isinstance(error, ValueError) and backend in ("sdpa", "triton"):
+        if isinstance(error, ValueError) and backend != "flash":
             raise
-        raise CannotRun(f"{backend}: {first_line(error)}") from error
+        raise CannotRun(f"{backend}: {error_line(error)}") from error
     ratios = [a / b for a, b in zip(found, errors("naive", *how))]
     title = f"{backend} {name_of(dtype)} D={D} {'GPT-Neo' if upcast else 'GPT-NeoX'}"
     forward, gradients = LIMITS[backend]
@@ -188,10 +179,6 @@ def check_backend(case, device, sizes):
 def nan_last(x):
     """For max(): NaN counts as the largest number."""
     return math.inf if math.isnan(x) else x
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -279,7 +266,7 @@ def check_model(case, device, sizes):
     except (ImportError, ValueError) as error:
         if isinstance(error, ValueError) and backend != "flash":
             raise
-        raise CannotRun(f"{backend}: {first_line(error)}") from error
+        raise CannotRun(f"{backend}: {error_line(error)}") from error
     bound = model_errors(family, "naive", dtype, device, sizes)
     return [row(f"{family} {backend} {name_of(dtype)} {what}", a / b, limit) for what, a, b, limit
             in zip(("logits", "gradients"), found, bound, LIMITS[backend])]
@@ -320,7 +307,7 @@ def check_generation(case, device, sizes):
                               eos_token_id=None, pad_token_id=0,
                               max_new_tokens=sizes.new_tokens, compile=compile).cpu()
     except ImportError as error:
-        raise CannotRun(f"{backend}: {first_line(error)}") from error
+        raise CannotRun(f"{backend}: {error_line(error)}") from error
     mask = torch.cat([mask, torch.ones(2, sizes.new_tokens, dtype=torch.long)], 1)
     exact.set_attn_implementation("naive")
     with torch.no_grad():
@@ -393,7 +380,7 @@ def check_training(case, device, sizes):
                 found = run("device", device, *init, *(["--dtype", "bfloat16"] if half else []))
                 limit = 1e-2 if half else 1e-4
         except ImportError as error:
-            raise CannotRun(f"train.py: {first_line(error)}") from error
+            raise CannotRun(f"train.py: {error_line(error)}") from error
     if len(found) != len(expected):
         raise RuntimeError(f"{len(found)} losses where {len(expected)} were expected")
     figure = max(abs(a - b) / abs(b) for a, b in zip(found, expected))
@@ -457,9 +444,10 @@ def time_backend(case, device, sizes):
                               window=W if layer == "local" else None)
     title = f"{backend} T={T} {layer} {'forward and backward' if backward else 'forward'}"
     if isinstance(result, str):
-        if result.startswith("WRONG"):
-            return [dict(what=f"{title}: {result}", figure=math.nan, limit=0, right=False)]
-        raise CannotRun(f"{backend}: {result}")
+        if (backend in ("flash", "flex") or result.startswith(("out of memory", "interpreted"))
+                or (backend == "triton" and A.triton is None)):
+            raise CannotRun(f"{backend}: {result}")
+        return [dict(what=f"{title}: {result}", figure=math.nan, limit=0, right=False)]
     size, operations = least(T, B, layer, backward, dtype, sizes)
     return [row(title, result, None) | dict(
         T=T, B=B, layer=layer, backward=backward, backend=backend, dtype=name_of(dtype),
@@ -492,7 +480,7 @@ def run_part(name, cases, function, device, sizes, end):
         except CannotRun as reason:
             part["cannot_run"].append(dict(case=text_of(case), reason=str(reason)))
         except Exception as error:                         # one case must not hide the others
-            what = f"{text_of(case)} raised {type(error).__name__}: {first_line(error)}"
+            what = f"{text_of(case)} raised {type(error).__name__}: {error_line(error)}"
             part["rows"].append(dict(what=what, figure=math.nan, limit=0, right=False))
     part["seconds"] = time.perf_counter() - begin
     return part
