@@ -53,6 +53,15 @@ def test_the_picture_is_the_script_s():
     assert "(docs/architecture.svg)" in README
 
 
+def test_make_commands_are_targets():
+    """Each is in the Makefile, and .PHONY, since folders have such names too."""
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+    commands = set(re.findall(r"\bmake ([a-z][a-z-]+)(?=`|\n| +#)", README + TRAINING + CHECKPOINTS))
+    assert {"demo", "test", "test-all", "test-cpus", "notebooks", "finetune"} <= commands <= set(phony)
+    assert all(re.search(rf"^{name}:", makefile, re.M) for name in commands)
+
+
 def test_links_lead_to_files():
     """Relative links and pictures of the four READMEs."""
     for folder, document in (("", README), ("training", TRAINING), ("checkpoints", CHECKPOINTS),
