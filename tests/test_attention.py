@@ -170,7 +170,7 @@ def differences(seed, family, dtype, padded):
 
 
 def check_odd_models(seeds, family, dtype):
-    """Without a mask and with one, every row equals the reference's to the bit, wherever that is finite."""
+    """Without a mask and with one, every row has the reference's bits wherever those are finite."""
     compared = 0
     for seed in seeds:
         for padded in (False, True):
@@ -198,8 +198,8 @@ def test_three_hundred_odd_models(hundred, family, dtype):
 
 
 def test_float16_scores_of_padding_are_added_to_the_mask():
-    """A query that reads only padding: GPT-NeoX's reference adds float16's lowest number to the scores,
-    so that scores above 16 still count.  Where all are below -16 the reference gives NaN, and this not."""
+    """A query that reads only padding: the reference adds float16's lowest number to the scores,
+    so that scores above 16 still count.  Where all are below -16 it gives NaN; we stay finite."""
     x = torch.zeros(1, 1, 4, 16, dtype=torch.float16)
     q, k, v = x + 4, x.clone(), torch.eye(4, 16, dtype=torch.float16)[None, None]
     key_mask = torch.tensor([[False, False, False, True]])

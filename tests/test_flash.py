@@ -1,8 +1,9 @@
 """The FlashAttention-2 path: the real package's real functions, and what is done where they fall short.
 
 There is no GPU here, so the flash-attn package runs on its own Triton backend in Triton's interpreter
-(conftest.py).  That backend leaves windows out without a word; the path for local layers is therefore checked
-against a stand-in that does what the package's documentation says.
+(conftest.py), and check_flash, which wants a GPU, is replaced.  That backend ignores windows without an
+error; the path for local layers is therefore checked against a stand-in that does what the package's
+documentation says.
 """
 
 import subprocess
@@ -41,16 +42,18 @@ def on_a_cpu(monkeypatch):
 
 
 def per_token(tensors, key_mask, S):
-    """Leave out what belongs to padding: neither side says anything about it."""
+    """Leave out what belongs to padding, where results are unspecified."""
     return tensors if key_mask is None else [
         x * (key_mask if x.size(2) == S else key_mask[:, S - x.size(2):])[:, None, :, None] for x in tensors]
 
 
-@pytest.mark.parametrize("D", [D if D in (8, 64, 80) else pytest.param(D, marks=pytest.mark.slow) for D in WIDTHS])
+@pytest.mark.parametrize("D", [D if D in (8, 80) else pytest.param(D, marks=pytest.mark.slow)
+                               for D in WIDTHS])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2e-3)], ids=str)
 def test_the_real_package_on_global_layers(dtype, bound, D):
     """Output and gradients against float64: T = S, T < S, one query; padding on either side."""
-    for T, S, side in ((70, 70, None), (5, 70, None), (1, 33, None), (40, 40, "left"), (9, 40, "left"), (40, 40, "right")):
+    for T, S, side in ((70, 70, None), (5, 70, None), (1, 33, None), (40, 40, "left"), (9, 40, "left"),
+                       (40, 40, "right")):
         generator = torch.Generator().manual_seed(S + T + D)
         q, k, v, do = tensors(generator, 2, 2, T, S, D, dtype, LAYOUTS[D % 4])
         key_mask = padding(generator, 2, T, S, side)
@@ -63,7 +66,7 @@ def test_the_real_package_on_global_layers(dtype, bound, D):
 
 
 def test_a_backend_that_ignores_windows_is_refused():
-    """The package's own Triton backend does; a window that covers everything needs none."""
+    """The package's own Triton backend ignores them; a window that covers everything works."""
     q, k, v, _ = tensors(torch.Generator(), 1, 1, 9, 9, 16, torch.float32)
     assert torch.equal(*(flash_attn.flash_attn_func(q.mT, k.mT, v.mT, causal=True, window_size=w) for w in ((2, 0), (-1, -1))))
     with pytest.raises(ValueError, match="ignores window_size"):
@@ -135,7 +138,7 @@ def test_models(monkeypatch, seed):
 
 
 def test_refusals(monkeypatch):
-    """Each in words, before the package is asked."""
+    """Each has an error of its own, before the package is called."""
     x = torch.zeros(1, 1, 4, 16)
     for tensor, message in ((x.bfloat16(), "of float32, float16 on cpu, got torch.bfloat16"),
                             (x.double(), "got torch.float64"), (torch.zeros(1, 1, 4, 264), "256 wide, got 264")):

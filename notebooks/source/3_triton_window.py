@@ -775,7 +775,7 @@ with exercise("3.4"):
 #         dv[j] = p.T @ do[i]
 #     return dv
 # ```
-# The kernel walks over these queries in blocks of COLS and sums; the transposed tile saves it the transposition of p.
+# The kernel visits these queries in blocks of COLS, which begin at multiples of COLS, and sums. It multiplies q by kᵀ as the forward pass does and then transposes the tile: k qᵀ may be rounded otherwise, and p would exceed 1 where all weight is on one key.
 # </details>
 #
 # The kernel's own loop, for dk and dv together (its `begin` and `end` are for T ≤ S):
@@ -811,7 +811,7 @@ def dv_by_blocks(q, k, do, m, l, scale, window, rows):     # a block's last read
 
 # %%
 part(A.dkv_kernel, "begin", "end")
-part(A.dkv_kernel, "s = tl.dot", "dk +=")
+part(A.dkv_kernel, "s = tl.trans", "dk +=")
 
 # %% [markdown]
 # ## 10. In the model, and against the reference
