@@ -4,15 +4,17 @@ The interpreter does not show tensor cores, tf32, shared memory and races.  Some
 off the compiled code: `python benchmark.py kernels`, of which test_benchmark.py runs a part.
 """
 
+import itertools
 import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.deterministic
 from hypothesis import given, settings, strategies
-from triton.runtime.interpreter import InterpreterBuilder
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import attention as A
 from attention_cases import (LAYOUTS, NAMES, all_of, error_ratios, key_blocks, padding, query_blocks,
@@ -29,7 +31,8 @@ ERRORS = [(torch.float32, False), (torch.float16, True), (torch.float16, False),
 
 # The bounds are the project's promise.  Measured over OPENBLAS_CORETYPE=Haswell, Zen and SkylakeX
 # (numpy multiplies in the interpreter), ATEN_CPU_CAPABILITY=default and avx2, MKL_ENABLE_INSTRUCTIONS=
-# SSE4_2 and AVX2, ONEDNN_MAX_CPU_ISA=AVX2 and 1, 2 and 4 threads: at most MEASURED.
+# SSE4_2 and AVX2, ONEDNN_MAX_CPU_ISA=AVX2 and 1, 2 and 4 threads, with 20 seeds: outputs at most 0.85,
+# gradients at most 1.01.
 @pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 120), marks=SLOW)], ids=["20", "100"])
 @pytest.mark.parametrize("dtype, upcast", ERRORS, ids=str)
 def test_error_against_float64(dtype, upcast, seeds):
@@ -114,26 +117,47 @@ def test_nothing_is_read_outside_the_band():
             assert torch.equal(a, b), poison
 
 
-def test_a_row_with_one_key_is_exact():
-    """With all weight on one key p is exactly 1 in the backward pass too: dv is do, dq and dk are 0."""
+def sum_in_another_order(monkeypatch, shift):
+    """Let tl.dot add its products up from the shift(left tile)-th on, and so round otherwise."""
+    create_dot = InterpreterBuilder.create_dot
+
+    def another(self, a, b, *rest):
+        n = a.data.shape[1]
+        order = np.roll(np.arange(n), shift(a.data) % n)
+        return create_dot(self, TensorHandle(a.data[:, order], a.dtype),
+                          TensorHandle(b.data[order], b.dtype), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", another)
+
+
+@pytest.mark.parametrize("rounding", ["as it comes", "by the left tile"])
+def test_a_row_with_one_key_is_exact(monkeypatch, rounding):
+    """With all weight on one key p is exactly 1 in the backward pass too: dv is do, dq and dk are 0.
+
+    Some BLAS libraries round q kᵀ and k qᵀ differently; "by the left tile" any library does.
+    """
+    if rounding == "by the left tile":
+        sum_in_another_order(monkeypatch, lambda tile: int(abs(tile).sum() * 100))
     for S in (40, 43):                                     # blocks of queries and keys aligned, and not
-        q, k, v, do = tensors(torch.Generator().manual_seed(S), 1, 2, 40, S, 80, torch.float32)
-        out, dq, dk, dv = all_of("triton", 9 * q, k, v, do, dict(scale=1.0, window=1, key_mask=None))
+        q, k, v, do = tensors(torch.Generator().manual_seed(S), 1, 1, 40, S, 80, torch.float32)
+        how = dict(scale=1.0, window=1, key_mask=None)
+        out, dq, dk, dv = all_of("triton", 9 * q, k, v, do, how)
         assert torch.equal(out, v[:, :, S - 40:]) and torch.equal(dv[:, :, S - 40:], do)
         assert not (dq.any() or dk.any() or dv[:, :, :S - 40].any())
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e15])
-def test_large_and_small_scores(size):
+def test_large_and_small_scores(monkeypatch, size):
     """The largest score is subtracted before the exponential, so nothing overflows.
 
-    In the backward pass too: there the scores are multiplied anew, and 1e15 is where a score rounded
-    otherwise than in the forward pass gives exp of a large number.
+    Not in the backward pass either, if it rounds every score otherwise than the forward pass did.
     """
     q, k, v, do = tensors(torch.Generator().manual_seed(0), 1, 2, 40, 40, 16, torch.float32)
     how = dict(scale=1.0, window=20, key_mask=None)
     out = A.attention(q * size, k, v, **how, backend="triton")
     assert (out - A.attention(q * size, k, v, **how, backend="naive")).abs().max() < 1e-4
+    calls = itertools.count()
+    sum_in_another_order(monkeypatch, lambda tile: next(calls))
     assert all(x.isfinite().all() for x in all_of("triton", q * size, k, v, do, how))
 
 
