@@ -27,6 +27,7 @@ the report.
 """
 
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -231,9 +232,8 @@ def logits_and_gradients(family, backend, dtype, device, sizes):
     model = tiny_model(family, sizes).to(dtype).to(device)
     model.set_attn_implementation(backend)
     ids, mask = (x.to(device) for x in prompt(sizes))
-    # padding and the first token, which padding predicts
-    first = mask.cumsum(1) <= 1
-    out = model(ids, mask, labels=ids.masked_fill(first, -100))
+    # no loss for padding, nor for the first token, which padding would predict
+    out = model(ids, mask, labels=ids.masked_fill(mask.cumsum(1) <= 1, -100))
     found = [out.logits[mask.bool()]]
     if dtype.itemsize >= 4:
         out.loss.backward()
@@ -294,30 +294,36 @@ def compiled_cases(sizes):
 
 
 def check_generation(case, device, sizes):
-    """Greedy text of a padded batch, past the window: each token must be the likeliest in float64.
+    """Greedy text of a padded batch, past the window: is each token the likeliest in float64?
+
+    And text that is sampled twice with one seed: how many tokens differ?
     """
     family, backend, dtype, compile = case
-    # the same rounded weights
-    exact = tiny_model(family, sizes).to(dtype).double()
-    model = tiny_model(family, sizes).to(dtype).to(device)
+    model = tiny_model(family, sizes).to(dtype)
+    exact = copy.deepcopy(model).double()                  # with the same rounded weights
     ids, mask = prompt(sizes)
+
+    def generate(**how):
+        return model.generate(ids.to(device), mask.to(device), eos_token_id=None, pad_token_id=0,
+                              max_new_tokens=sizes.new_tokens, compile=compile, **how).cpu()
+
     try:
-        model.set_attn_implementation(backend)
-        text = model.generate(ids.to(device), mask.to(device), do_sample=False,
-                              eos_token_id=None, pad_token_id=0,
-                              max_new_tokens=sizes.new_tokens, compile=compile).cpu()
+        model.to(device).set_attn_implementation(backend)
+        text = generate(do_sample=False)
     except ImportError as error:
         raise CannotRun(f"{backend}: {error_line(error)}") from error
+    twice = [generate(do_sample=True, generator=torch.Generator(device).manual_seed(3))
+             for _ in range(2)]
     mask = torch.cat([mask, torch.ones(2, sizes.new_tokens, dtype=torch.long)], 1)
     exact.set_attn_implementation("naive")
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp(min=0)                      # as generate counts them
-        # (2, new tokens, V)
-        logits = exact(text, mask, positions).logits[:, ids.size(1) - 1:-1]
+        logits = exact(text, mask, positions).logits[:, ids.size(1) - 1:-1]    # (2, new, V)
     chosen = logits.gather(-1, text[:, ids.size(1):, None])[..., 0]
     behind = ((logits.max(-1).values - chosen) / logits.std(-1)).max().item()
     title = f"{family} {backend} {name_of(dtype)}{' compiled' * compile}"
-    return [row(f"{title}, least likely token", behind, MARGIN[dtype])]
+    return [row(f"{title}, least likely token", behind, MARGIN[dtype]),
+            row(f"{title}, tokens that differ", (twice[0] != twice[1]).sum().item(), 0)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -354,14 +360,13 @@ def losses_of_training(folder, name, device, *options, sizes, stop_after=None):
 
 
 def without_dropout(folder):
-    """A copy of checkpoints/demo-neo whose dropout is 0: other devices draw other random numbers.
-    """
-    copy = Path(folder, "no-dropout")
-    shutil.copytree(ROOT / "checkpoints" / "demo-neo", copy)
-    config = json.loads((copy / "config.json").read_text())
+    """A copy of demo-neo whose dropout is 0, because other devices draw other random numbers."""
+    other = Path(folder, "no-dropout")
+    shutil.copytree(ROOT / "checkpoints" / "demo-neo", other)
+    config = json.loads((other / "config.json").read_text())
     config |= {name: 0.0 for name in config if "dropout" in name}
-    (copy / "config.json").write_text(json.dumps(config))
-    return str(copy)
+    (other / "config.json").write_text(json.dumps(config))
+    return str(other)
 
 
 def check_training(case, device, sizes):

@@ -252,7 +252,8 @@ def test_the_gpu_checks_notice_a_wrong_backend(monkeypatch, name):
         rows += gpu.time_backend((32, "local", True, name), "cpu", gpu.SMALL)
     for cached in (gpu.errors, gpu.model_errors):
         cached.cache_clear()
-    assert not any(x["right"] for x in rows), rows
+    wrong = [x["what"] for x in rows if not x["right"]]
+    assert len(wrong) == len(rows) - 1, rows    # sampled twice, it is equal
 
 
 ALONE = """
