@@ -683,8 +683,8 @@ def import_flash():
         return flash_attn
     except Exception as error:
         raise ImportError("attention backend 'flash' (flash_attention_2) needs the flash-attn "
-                          f"package and a CUDA GPU; importing it failed: {error}.  'sdpa' runs anywhere"
-                          ) from error
+                          f"package and a CUDA GPU; importing it failed: {error}.  'sdpa' runs "
+                          "anywhere") from error
 
 
 def check_flash(q, k, v):

@@ -1,11 +1,12 @@
-"""What the Triton kernels become, without a GPU: compiled ahead of time, counted and computed, not timed.
+"""What the Triton kernels compile to, without a GPU: counted and computed, not timed.
 
     python benchmark.py kernels
 
-Two tables.  The first is read off the compiled code: registers, bytes spilled from them, shared memory and
-tensor-core instructions of every kernel, for an A100 (sm_80) and an H100 (sm_90).  The second is arithmetic
-on what the kernels visit: tiles, operations, bytes, and the least time in which either GPU, at its published
-peak, could do as much.  What a GPU would really take, only a GPU can say: `python benchmark.py attention`.
+Two tables.  The first is read off the compiled code: registers, bytes spilled from them, shared
+memory and tensor-core instructions of every kernel, for an A100 (sm_80) and an H100 (sm_90).  The
+second is computed from what the kernels visit: tiles, operations, bytes, and the least time in which
+either GPU, at its published peak, could do as much.  `python benchmark.py attention` measures what
+a GPU really takes.
 """
 
 import concurrent.futures
@@ -39,7 +40,7 @@ TENSORS = {"forward": 4, "dq": 5, "dk, dv": 6}             # what must come from
 # ------------------------------------------------------------------------------------------------
 
 def source(kernel, dtype, D, padded):
-    """The kernel specialised as a launch would have it: addresses and strides multiples of 16, rows dense."""
+    """The kernel as a launch specialises it: addresses and strides multiples of 16, rows dense."""
     from triton.compiler import ASTSource
     sizes = A.block_sizes(kernel, D, DTYPES[dtype])
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
@@ -69,7 +70,7 @@ def output_of(*command):
 
 
 def compiled(job):
-    """(kernel, GPU, dtype, D, padded?) -> what its machine code needs, as ptxas -v and nvdisasm tell it."""
+    """(kernel, GPU, dtype, D, padded?) -> dict: what its machine code needs, by ptxas and nvdisasm."""
     import triton
     from triton.backends.compiler import GPUTarget
     name, gpu, dtype, D, padded = job
@@ -90,13 +91,13 @@ def compiled(job):
 
 
 def failures(found):
-    """What may not be: a spill, more shared memory than there is, half precision without tensor cores."""
+    """Kernels that spill, need too much shared memory, or do not use tensor cores in half precision."""
     return [x for x in found if x["spilled"] or x["shared"] > x["shared_limit"]
             or (x["dtype"] != "fp32" and not x["tensor_core_instructions"])]
 
 
 def compile_all(widths, dtypes):
-    """Every kernel for both GPUs, with and without key padding, on all cores, in a cache of its own."""
+    """Every kernel for both GPUs, with and without key padding, in parallel and in a fresh cache."""
     jobs = [(name, gpu, dtype, D, padded) for D in widths for name in KERNELS for gpu in GPUS
             for dtype in dtypes for padded in (False, True)]
     with tempfile.TemporaryDirectory() as cache:
@@ -132,21 +133,20 @@ def show_compiled(found):
 # ------------------------------------------------------------------------------------------------
 
 def tiles(name, T, window, D):
-    """Tiles that each program of a kernel visits, T = S: a list, a number for each block of its own side."""
+    """How many tiles each program of a kernel visits, for T = S: a list of one number a program."""
     sizes = A.block_sizes(KERNELS[name], D, torch.float16)
     own, other = sizes["ROWS"], sizes["COLS"]
-    if name == "dk, dv":                                   # from its first key's block of queries to
-                                                           # its last key's last reader
+    if name == "dk, dv":               # from its first key's block of queries to its last reader
         lengths = [min(first + own - 1 + window, T) - first // other * other
                    for first in range(0, T, own)]
-    else:                                                  # from its first query's first key to its last query
+    else:                              # from its first query's first key to its last query
         lengths = [min(first + own, T) - max(0, first - window + 1) for first in range(0, T, own)]
     return [-(-length // other) for length in lengths]
 
 
 def work(name, T, window, D):
-    """One head in half precision -> dict: tiles visited; operations of its dots, padding included; bytes that
-    its programs load and store; bytes that memory must move at least, each tensor once."""
+    """One head in half precision -> dict: tiles visited; operations of its dots, padding included;
+    bytes that its programs load and store; bytes that memory must move at least, each tensor once."""
     sizes, visits = A.block_sizes(KERNELS[name], D, torch.float16), tiles(name, T, window, D)
     own, other, wide = sizes["ROWS"], sizes["COLS"], sizes["D_PAD"]
     return dict(tiles=sum(visits), operations=sum(visits) * DOTS[name] * 2 * own * other * wide,
@@ -154,7 +154,8 @@ def work(name, T, window, D):
 
 
 def show_computed(T, window, heads, D):
-    """Local beside global; the least time is the longer of all operations and all bytes at the GPU's peaks."""
+    """Local beside global layers.  The least time is that of all operations or of all bytes at the GPU's
+    published peak, whichever is longer."""
     print(f"\nComputed, not timed: T = {T}, {heads} heads {D} wide (one layer, one text), half precision, W = {window} "
           "against every earlier key\n")
     print("| kernel | layer | tiles a head | G operations | MB loaded and stored | MB at least | "
@@ -171,7 +172,7 @@ def show_computed(T, window, heads, D):
 
 
 def run():
-    """Both tables.  Exits with status 1 if a kernel spills, does not fit, or leaves the tensor cores idle."""
+    """Print both tables; exit with status 1 if there are failures."""
     if A.triton is None or A.INTERPRETED:
         raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and TRITON_INTERPRET "
                          "not set to 1")

@@ -1,6 +1,6 @@
 """Random calls of `attention`, and odd small models: what several tests of attention share.
 
-Functions that run attention take the module as `A`, so that test_mistakes.py can hand in a changed one.
+Functions that run attention take the module as `A`, so that test_mistakes.py can pass a changed one.
 """
 
 import random

@@ -32,7 +32,7 @@ ERRORS = [(torch.float32, False), (torch.float16, True), (torch.float16, False),
 # The bounds are the project's promise.  Measured over OPENBLAS_CORETYPE=Haswell, Zen and SkylakeX
 # (numpy multiplies in the interpreter), ATEN_CPU_CAPABILITY=default and avx2, MKL_ENABLE_INSTRUCTIONS=
 # SSE4_2 and AVX2, ONEDNN_MAX_CPU_ISA=AVX2 and 1, 2 and 4 threads, with 20 seeds: outputs at most 0.85,
-# gradients at most 1.01.
+# gradients 1.01; with 100 seeds under Haswell 0.97 and 1.33.
 @pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 120), marks=SLOW)], ids=["20", "100"])
 @pytest.mark.parametrize("dtype, upcast", ERRORS, ids=str)
 def test_error_against_float64(dtype, upcast, seeds):
@@ -103,8 +103,7 @@ def test_a_nan_value_stays_among_the_query_blocks_that_visit_it():
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")      # in masked scores
 def test_nothing_is_read_outside_the_band():
-    """Before the first query's window, and in padding: poison there changes nothing, in the output or
-    in any gradient."""
+    """Poison before the first query's window and in padding changes nothing, in output or gradients."""
     q, k, v, do = tensors(torch.Generator().manual_seed(0), 2, 1, 50, 130, 16, torch.float32)
     key_mask = torch.ones(2, 130, dtype=torch.bool)
     key_mask[1, 90:95] = False
