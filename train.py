@@ -46,6 +46,7 @@ from training.new_tokenizer import CLASSES, new_tokenizer
 from training.processes import (SharedError, error_text, everywhere, gathered, join_processes, processes,
                                 rank, say, total)
 from training.tasks import Label, NextToken, autocast, check_fit, to_device
+from training.texts import is_unicode
 
 TASKS = dict(lm=NextToken, classify=Label)
 FILES = dict(lm=["text"], classify=["train", "init"])       # what a task cannot do without
@@ -295,6 +296,8 @@ def parse(argv):
     for name, value in {} if args.init else NEW_MODEL.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if not is_unicode(args.prompt):                         # bytes of a terminal that are not UTF-8
+        raise ValueError("--prompt is not UTF-8")
     args.device = check_device(args.device)
     check_out(Path(args.out), run_folder(args.out))
     return args
@@ -491,6 +494,8 @@ def is_out_of_memory(error):
 
 def main(argv=None):
     """Exit status: 0 finished, 130 stopped by Ctrl-C, 2 with one line on what is wrong."""
+    if sys.stderr is None:                                  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")
     try:
         if processes() > 1:
             join_processes()

@@ -282,6 +282,10 @@ def test_bad_texts(folder, capsys):
     assert "no.txt: No such file" in error("no.txt")
     assert "latin.txt: not UTF-8, the byte at offset 2 is 0xeb" in error("latin.txt")
     assert "empty.txt: there is no text in it" in error("empty.txt")
+    (folder / "wide.txt").write_text("the queen", encoding="utf-16")
+    assert "wide.txt: not UTF-8, the byte at offset 0 is 0xff (line 1): save it as UTF-8" in error("wide.txt")
+    (folder / "wide.txt").write_text("the queen", encoding="utf-16-le")
+    assert "wide.txt: not a text in UTF-8, it has zero bytes" in error("wide.txt")
     assert "no.txt" in error("one.txt", "--valid", str(folder / "no.txt"))
     assert "fewer than one --context of 32" in error("short.txt", *SHAPE[:-1], "258")
     assert "the text gives" in error("short.txt", *SHAPE)
@@ -418,6 +422,7 @@ def test_a_classifier_is_no_language_model(checkpoint, tmp_path, capsys):
     (["--out", ".."], "--out must name a folder"), (["--out", "/proc/nothing/out"], "/proc"),
     (["--out", "{}/one.txt/out"], "one.txt"), (["--out", "{}/one.txt"], "is there already, and not from train.py"),
     (["--out", "{}/" + "x" * 300], "File name too long"),
+    (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     (["--text", "{}"], "Is a directory"), (["--valid", "{}"], "Is a directory")])
 def test_options_that_cannot_be(folder, tmp_path, capsys, more, words):
     before = sorted(folder.rglob("*"))
@@ -457,6 +462,19 @@ def test_a_failure_before_the_first_save_leaves_nothing_and_after_it_the_run(fol
     assert not list(tmp_path.iterdir())
     assert train.main(command(folder, tmp_path / "new" / "out", "neo")) == 2        # saved after step 8
     assert torch.load(tmp_path / "new" / "out.run" / "state.pt")["step"] == 8
+
+
+def test_a_closed_standard_error_stops_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train.main(command(folder, tmp_path / "out", "neo", "--steps", "1", "--warmup", "0")) == 0
+
+
+def test_what_killed_saves_left_is_removed(folder, tmp_path):
+    (tmp_path / "out.run").mkdir()
+    for name in (".state.pt.abcdefgh.part", ".loss.png.abcdefgh.part"):
+        (tmp_path / "out.run" / name).write_bytes(b"half of it")
+    assert train.main(command(folder, tmp_path / "out", "neox", "--steps", "1", "--warmup", "0")) == 0
+    assert not list(tmp_path.rglob(".*"))
 
 
 # ------------------------------------------------------------------------------------------------

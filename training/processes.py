@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from files import plain
+
 
 class SharedError(ValueError):
     """Something that went wrong in one process, raised in all of them."""
@@ -65,10 +67,11 @@ def everywhere(function, *args):
 
 
 def error_text(error):
-    """An error as one line; of an error of the file system, the file and what is wrong with it."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error as one printable line; of a file system's error, the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return plain(where + error.strerror, 1000)
+    return plain(" ".join(str(error).split()) or type(error).__name__, 1000)
 
 
 def total(number):

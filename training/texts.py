@@ -19,19 +19,21 @@ import torch
 def read_text(file):
     """The text of a UTF-8 file, without a byte-order mark and with "\\n" for "\\r\\n".
 
-    Raises ValueError that names the file if it cannot be read, is not UTF-8 or has no text in it.
+    Raises ValueError that names the file if it cannot be read, is no UTF-8 text, or is empty.
     """
     try:
         text = Path(file).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise ValueError(f"{file}: not UTF-8, the byte at offset {error.start} is "
-                         f"{error.object[error.start]:#04x} (line {line})") from None
+                         f"{error.object[error.start]:#04x} (line {line}): save it as UTF-8") from None
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     if not text.strip():
         raise ValueError(f"{file}: there is no text in it")
+    if "\0" in text:                                        # as UTF-16 has in every other byte
+        raise ValueError(f"{file}: not a text in UTF-8, it has zero bytes: save it as UTF-8")
     return text
 
 
