@@ -4,16 +4,17 @@
     python compare.py checkpoints/demo-neo --gradients --plot layers.png
     python compare.py checkpoints/demo-neo --theirs mine.safetensors     a port against ours
 
-The same ids go through both models at several lengths, and what comes out of every layer is compared.
+The same ids go through both models at several lengths, and the output of every layer is compared.
 The first row that differs is where to look.  The first position that differs in it says for what:
 position 0 has nothing to attend to, and before position `window` a local layer is a global one.
 
 Our naive attention agrees with transformers' eager attention to the last bit.  Another order of
-operations (another backend, another port) cannot, and is judged by |difference| / |reference|, norms
-over the whole tensor.  --tolerance X, or by default
+operations (another backend, another port) cannot, and is judged by |difference| / |reference|,
+norms over the whole tensor.  --tolerance X, or by default
     float32             1e-5    a right model is near 2e-7, the mildest mistake known at 1.7e-5
-    float16, bfloat16   8 eps   7.8e-3 and 6.2e-2.  sdpa is 1 to 6 eps from naive (random models of 4 to
-                                24 layers; 15 in 24 GPT-Neo layers of ten times the usual weights).
+    float16, bfloat16   8 eps   7.8e-3 and 6.2e-2.  sdpa is 1 to 6 eps from naive (random models of
+                                4 to 24 layers; 15 in 24 GPT-Neo layers with ten times the usual
+                                weights).
                                 A wrong GELU is far less: check a port in float32 first.
     gradients           the same, but 1e-6 in float32 with naive attention
 
@@ -28,8 +29,8 @@ To check a port, in any language: let it read these ids, save what it computes, 
     safetensors.torch.save_file(tensors, "mine.safetensors")
 
 `hidden` is transformers' tuple: the embeddings, what each block but the last returns, and what the
-final norm returns.  One stacked tensor "hidden_states" will do as well, and a batch of 1 may be left
-out.  Without input_ids the file is taken to answer the ids of `--seed`.
+final norm returns.  One stacked tensor "hidden_states" will do as well, and a batch of 1 may be
+left out.  Without input_ids the file is taken to answer the ids of `--seed`.
 
     B  batch · T  tokens · C  width · V  vocabulary · L  layers
 """
@@ -92,7 +93,7 @@ def default_lengths(config):
     W = window_of(config)
     lengths = [1, 5, 64, 300]
     if W is not None:
-        lengths = [1, min(5, W), W, W + 1, 2 * W + max(1, W // 32)]        # the last no multiple of W
+        lengths = [1, min(5, W), W, W + 1, 2 * W + max(1, W // 32)]    # the last no multiple of W
     return sorted({min(T, config.max_position_embeddings) for T in lengths})
 
 
@@ -102,7 +103,7 @@ def default_lengths(config):
 
 def row_names(config):
     """One name for each tensor of `trace`."""
-    everywhere = "" if window_of(config) is None else " (global)"          # not worth saying in NeoX
+    everywhere = "" if window_of(config) is None else " (global)"      # not worth saying in NeoX
     kinds = [everywhere if w is None else f" (local, window {w})" for w in config.windows]
     blocks = [f"block {i}{kind}" for i, kind in enumerate(kinds)]
     return ["embeddings", *blocks, "final norm", "logits"]
@@ -144,7 +145,7 @@ def gradients(model, ids, table):
     loss = model(ids, labels=ids).loss
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
-    if not isinstance(model, PreTrainedModel):             # transformers' names, as they are in memory
+    if not isinstance(model, PreTrainedModel):             # transformers' names, as in its memory
         grads = {our_name(name, table): grad for name, grad in grads.items()}
     return {"loss": loss.detach(), **official_names(grads, table)}
 
@@ -198,8 +199,8 @@ def read_port(path, layers):
             raise ValueError(f"{path} holds {both[0]} beside hidden_states: leave one of them out")
         tensors |= zip(hidden, stack)
     if unknown := sorted(tensors.keys() - {"input_ids", "logits", *hidden}):
-        raise ValueError(f"{path} holds {', '.join(map(plain, unknown[:5]))}; known are input_ids, logits, "
-                         f"and hidden_states or hidden_states.0 to hidden_states.{layers}")
+        raise ValueError(f"{path} holds {', '.join(map(plain, unknown[:5]))}; known are input_ids, "
+                         f"logits, and hidden_states or hidden_states.0 to hidden_states.{layers}")
     wanted = ["logits"] + (hidden if tensors.keys() & set(hidden) else [])
     if missing := [name for name in wanted if name not in tensors]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -215,14 +216,15 @@ def read_theirs(path, config):
                for name, x in read_port(path, config.num_hidden_layers).items()}
     B, T = (*tensors["logits"].shape, 0)[:2]
     if not B * T:
-        raise ValueError(f"{path}: logits has shape {tuple(tensors['logits'].shape)}, without any token")
+        shape = tuple(tensors["logits"].shape)
+        raise ValueError(f"{path}: logits has shape {shape}, without any token")
     widths = {"input_ids": (), "logits": (config.vocab_size,)}
-    for name, x in sorted(tensors.items(), key=lambda item: item[0] != "logits"):  # they say B and T
+    for name, x in sorted(tensors.items(), key=lambda item: item[0] != "logits"):  # first logits
         shape = (B, T, *widths.get(name, (config.hidden_size,)))
         kind, dtypes = ("integers", INTEGERS) if name == "input_ids" else ("floats", FLOATS)
         if x.shape != shape or x.dtype not in dtypes:
-            raise ValueError(f"{path}: {name} is {x.dtype} of shape {tuple(x.shape)}, expected {kind} "
-                             f"of shape {shape}, where a batch of 1 may be left out")
+            raise ValueError(f"{path}: {name} is {x.dtype} of shape {tuple(x.shape)}, expected "
+                             f"{kind} of shape {shape}, where a batch of 1 may be left out")
     ids = tensors["input_ids"].long() if "input_ids" in tensors else None
     hidden = [tensors.get(f"hidden_states.{i}") for i in range(config.num_hidden_layers + 1)]
     return ids, [*hidden[:-1], None, hidden[-1], tensors["logits"]]        # None: the last block
@@ -295,10 +297,14 @@ def compare_gradients(xs, references, tolerance):
     rows = [{"row": name, **measure(xs[name], references[name], tolerance)} for name in references]
     rows.sort(key=lambda row: finite(row["relative"]), reverse=True)
     names = references.keys() - {"loss"}
-    gap = sum((xs[name].double() - references[name].double()).square().sum().item() for name in names)
-    size = sum(references[name].double().square().sum().item() for name in names)
+    gap = sum(squares(xs[name].double() - references[name].double()) for name in names)
+    size = sum(squares(references[name].double()) for name in names)
     return {"tolerance": tolerance, "same": all(row["same"] for row in rows),
             "total": math.sqrt(gap / size) if size else math.inf, "rows": rows}
+
+
+def squares(x):
+    return x.square().sum().item()
 
 
 def finite(x):
@@ -316,11 +322,12 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
                 batch=1, seed=0, tolerance=None, with_gradients=False):
     """The whole comparison, as a dict that JSON can hold.
 
-    With theirs, a port's file is judged by our model; otherwise our model is judged by transformers'.
+    With theirs, a port's file is judged by our model; without, our model by transformers'.
     """
     config = config_of(name, revision)
     table = NAMES[config.model_type]
-    inputs = [make_ids(seed, batch, T, config.vocab_size) for T in lengths or default_lengths(config)]
+    lengths = lengths or default_lengths(config)
+    inputs = [make_ids(seed, batch, T, config.vocab_size) for T in lengths]
     if theirs:
         ids, saved = read_theirs(theirs, config)
         inputs = [make_ids(seed, *saved[-1].shape[:2], config.vocab_size) if ids is None else ids]
@@ -359,13 +366,15 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
 # ------------------------------------------------------------------------------------------------
 
 HINTS = {
-    "finite": "numbers that are not finite: an overflow (float16 ends at 65504), or -inf as the mask of "
-              "a row that may read nothing",
+    "finite": "numbers that are not finite: an overflow (float16 ends at 65504), or -inf as the "
+              "mask of a row that may read nothing",
     "rounding": "rounding: the same function in another order of operations",
-    "small": "too little for a wrong matrix: tanh or exact GELU (config.json names it), LayerNorm's eps",
+    "small": "too little for a wrong matrix: tanh or exact GELU (config.json names it), "
+             "LayerNorm's eps",
     "precision": "too little for a wrong rule, and position 0 is right: rotary angles, scores or "
                  "softmax in half precision",
-    "window": "the window: query i reads keys j with 0 <= i - j < window: itself and window - 1 before",
+    "window": "the window: query i reads keys j with 0 <= i - j < window: itself and window - 1 "
+              "before",
     "order": "the order of the layers: this one is global, and seems to have a window",
     "weights": "the weights of this layer: one before it, computed alike, is right",
     "final norm": "the final norm: weight, bias, eps",
@@ -377,14 +386,14 @@ HINTS = {
         "embeddings": "token + position embedding, positions from 0, no factor",
         "scores": "the scores, since position 0 is right: GPT-Neo has no 1/sqrt(D); the causal "
                   "mask; q and k",
-        "block": "wrong at position 0 too, so not the scores: LayerNorms, v and out_proj (transposed?), "
-                 "biases, GELU; x + attn(ln_1(x)), then x + mlp(ln_2(x))"},
+        "block": "wrong at position 0 too, so not the scores: LayerNorms, v and out_proj "
+                 "(transposed?), biases, GELU; x + attn(ln_1(x)), then x + mlp(ln_2(x))"},
     "gpt_neox": {
         "embeddings": "the token embedding alone: no positions, no factor",
         "scores": "the scores, since position 0 is right: rotary on the first rotary_pct of each "
                   "head, in halves and not neighbours; 1/sqrt(D); the causal mask",
-        "block": "wrong at position 0 too, so not the rotation: QKV is cut by head first, then in q, k, "
-                 "v; two LayerNorms, one for each branch; parallel residual; GELU"}}
+        "block": "wrong at position 0 too, so not the rotation: QKV is cut by head first, then in "
+                 "q, k, v; two LayerNorms, one for each branch; parallel residual; GELU"}}
 
 
 def hint(row, position, config, theirs, rounding):
@@ -425,8 +434,8 @@ def verdict(report, config):
                    hint=HINTS[config.model_type].get(key) or HINTS[key],
                    at_lengths=[r["length"] for r in results])
     elif not out["same"]:
-        out.update(first_difference=f"gradient of {grads['rows'][0]['row']}", hint=HINTS["gradient"],
-                   at_lengths=[max(report["lengths"])])
+        out.update(first_difference=f"gradient of {grads['rows'][0]['row']}",
+                   hint=HINTS["gradient"], at_lengths=[max(report["lengths"])])
     return out
 
 
@@ -457,7 +466,7 @@ def print_table(report, out):
     print(f"{report['model']}: {report['layers']} layers{window}; {setting(report)}", file=out)
     print(f"ids {origin}: {few} ...\n", file=out)
 
-    width = max(len(name) for name in ["next token agrees", *(row["row"] for row in report["rows"])])
+    width = max(map(len, ["next token agrees", *(row["row"] for row in report["rows"])]))
     heads = [f"T = {T}" for T in report["lengths"]] + ["max |Δ|"]
     print(" " * width + "".join(f"{head:>11}" for head in heads), file=out)
     for row in report["rows"]:
@@ -473,8 +482,8 @@ def print_table(report, out):
     if report["gradients"]:
         print_gradients(report["gradients"], max(report["lengths"]), out)
     if report["window"] and max(report["lengths"]) <= report["window"]:
-        print(f"note: no length is above the window of {report['window']}: this proves nothing about "
-              "local attention", file=out)
+        print(f"note: no length is above the window of {report['window']}: this proves nothing "
+              "about local attention", file=out)
     print(summary(report), file=out)
 
 
@@ -496,7 +505,8 @@ def summary(report):
             f"{listed(report['lengths'])} ({setting(report)})")
     if report["same"]:
         return "equal: " + line
-    since = "" if report["first_position"] is None else f" from position {report['first_position']} on,"
+    position = report["first_position"]
+    since = "" if position is None else f" from position {position} on,"
     return (f"DIFFERENT: {line}\nfirst difference: {report['first_difference']},{since} at lengths "
             f"{listed(report['at_lengths'])}\nlook at: {report['hint']}")
 
@@ -505,7 +515,8 @@ def markdown(report):
     """| checkpoint | dtype | lengths | rows bit-equal | max |Δ| of the logits | relative |"""
     logits = report["rows"][-1]["results"]
     equal = sum(all(r["bit_equal"] for r in row["results"]) for row in report["rows"])
-    largest, relative = (max((r[key] for r in logits), key=finite) for key in ("max_abs", "relative"))
+    largest, relative = (max((r[key] for r in logits), key=finite)
+                         for key in ("max_abs", "relative"))
     return (f"| {Path(report['model']).name} | {report['dtype']} | {listed(report['lengths'])} | "
             f"{equal} of {len(report['rows'])} | {largest:.2g} | {relative:.2g} |")
 
@@ -523,7 +534,7 @@ def plot(report, path):
     high = math.ceil(math.log10(max([1e-4, *positive, report["tolerance"] or 0]))) + 1
     figure, axes = plt.subplots(figsize=(max(7, 3 + 0.35 * len(names)), 4.8), layout="constrained")
     colours = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]   # Okabe and Ito
-    for i, T in enumerate(report["lengths"]):               # hollow, ever smaller: none hides another
+    for i, T in enumerate(report["lengths"]):              # hollow and smaller each: none is hidden
         axes.plot(names, [max(row[i], 10.0 ** low) for row in values], label=f"T = {T}",
                   color=colours[i % 6], marker="osD^v"[i % 5], fillstyle="none",
                   markersize=max(4, 14 - 2.5 * i))
@@ -558,23 +569,27 @@ def lengths(text):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(
-        description="Compare every layer of a checkpoint with transformers' eager attention, or with "
-                    "what a port saved. Exit status: 0 the same, 1 different, 2 bad input.")
+        description="Compare every layer of a checkpoint with transformers' eager attention, or "
+                    "with what a port saved. Exit status: 0 the same, 1 different, 2 bad input.")
     add = parser.add_argument
     add("model", help="folder or hub id")
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     add("--dtype", default="float32", metavar="NAME",
         help="float32 (default), bfloat16, float16, auto (the checkpoint's)")
-    add("--backend", default="naive", metavar="NAME", help="our attention: naive (default), sdpa, triton, flash, auto")
+    add("--backend", default="naive", metavar="NAME",
+        help="our attention: naive (default), sdpa, triton, flash, auto")
     add("--lengths", type=lengths, metavar="N,N,...",
         help="in tokens (default: 1, and below, at, above and twice above the window)")
     add("--batch", type=int, default=1, metavar="B", help="texts at once (default 1)")
     add("--seed", type=int, default=0, metavar="N", help="of the input ids (default 0)")
     add("--tolerance", type=float, metavar="X", help="judge by relative difference, not by bits")
-    add("--gradients", action="store_true", help="also the loss and its gradients at the longest length")
-    add("--theirs", metavar="FILE", help="judge a port's .safetensors file by ours; no transformers")
+    add("--gradients", action="store_true",
+        help="also the loss and its gradients at the longest length")
+    add("--theirs", metavar="FILE",
+        help="judge a port's .safetensors file by our model, without transformers")
     add("--ids", action="store_true", help="only print ids of the longest length as JSON")
-    add("--save-ours", metavar="FILE", help="only save ours at the longest length, as --theirs reads it")
+    add("--save-ours", metavar="FILE",
+        help="only save our results at the longest length, as --theirs reads them")
     add("--json", metavar="FILE", help="the report as JSON; - is standard output")
     add("--plot", metavar="FILE.png", help="relative difference by layer")
     add("--markdown", action="store_true", help="a row of a Markdown table on standard output")
@@ -587,8 +602,10 @@ def arguments(argv=None):
 
 def unusable(args):
     """What is wrong with the arguments taken together, found before any work is done."""
-    if args.theirs and (args.gradients or args.lengths or args.batch != 1 or args.backend != "naive"):
-        return "--theirs has its lengths and batch from the file, no gradients, and is judged by naive"
+    given = args.gradients or args.lengths or args.batch != 1 or args.backend != "naive"
+    if args.theirs and given:
+        return ("--theirs takes lengths and batch from the file, is judged by naive attention, and "
+                "has no gradients")
     if args.gradients and args.lengths and args.lengths[-1] < 2:
         return "--gradients needs a length of 2 at least: one token has no next"
     if not 1 <= args.batch <= LONGEST:

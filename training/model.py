@@ -24,10 +24,10 @@ def new_model(family, *, vocab_size, context, hidden_size, layers, heads, window
         resid_dropout=dropout, embed_dropout=dropout, bos_token_id=end, eos_token_id=end))
     with torch.no_grad():
         # GPT-Neo's scores have no 1/sqrt(D); its authors folded it into the first q weights
-        # (mesh-tensorflow, fold_scaling_into_initializer).  And an embedding must not be small beside
-        # what the blocks add to it, which starts at about 0.1, so embeddings start there too and not
-        # at 0.02.  The demo's mean loss of steps 201 to 250 is 4.70 with both, 4.73 with only the
-        # second, 4.93 with only the first.
+        # (mesh-tensorflow, fold_scaling_into_initializer).  And an embedding must not be small
+        # beside what the blocks add to it, which starts at about 0.1, so embeddings start there too
+        # and not at 0.02.  The demo's mean loss of steps 201 to 250 is 4.70 with both, 4.73 with
+        # only the second, 4.93 with only the first.
         for block in model.transformer.blocks:
             block.attn.q_proj.weight *= model.config.head_dim ** -0.5
         model.transformer.embed.weight *= 5
@@ -35,7 +35,7 @@ def new_model(family, *, vocab_size, context, hidden_size, layers, heads, window
 
 
 def learning_rate(step, peak, warmup, steps):
-    """Linear warm-up from peak / warmup to peak, then half a cosine that would be 0 at step `steps`."""
+    """Linear warm-up from peak / warmup to peak, then half a cosine, 0 after the last step."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
@@ -51,12 +51,13 @@ def parameter_groups(model, weight_decay, fresh):
 
     A fresh GPT-Neo's q weights have 1/sqrt(D) folded in (new_model).  AdamW moves a weight by about
     the learning rate whatever its size, so their learning rate is multiplied by 1/sqrt(D) too.
-    Together that is the training of a model that divides its scores, except that clipping and Adam's
-    epsilon see other gradients.
+    Together that is the training of a model that divides its scores, except that clipping and
+    Adam's epsilon see other gradients.
     """
     embedded = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding)
                 for p in module.parameters()}
-    folded = {id(p) for name, p in model.named_parameters() if fresh and name.endswith("q_proj.weight")}
+    folded = {id(p) for name, p in model.named_parameters()
+              if fresh and name.endswith("q_proj.weight")}
     groups = {"decayed": [], "kept": [], "folded": []}
     for p in model.parameters():
         matrix = p.ndim >= 2 and id(p) not in embedded

@@ -1,7 +1,7 @@
 """A tokenizer for a new model: byte-pair encoding learned from the texts that it is trained on.
 
-Its files are the two families' official ones, field by field, with another vocabulary, so every program
-that reads GPT-Neo's or GPT-NeoX's tokenizer reads them too.
+Its files are the two families' official ones, field by field, with another vocabulary, so every
+program that reads GPT-Neo's or GPT-NeoX's tokenizer reads them too.
 """
 
 import json

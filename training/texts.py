@@ -25,8 +25,9 @@ def read_text(file):
         text = Path(file).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
-        raise ValueError(f"{file}: not UTF-8, the byte at offset {error.start} is "
-                         f"{error.object[error.start]:#04x} (line {line}): save it as UTF-8") from None
+        byte = f"{error.object[error.start]:#04x} (line {line})"
+        raise ValueError(f"{file}: not UTF-8, the byte at offset {error.start} is {byte}: "
+                         "save it as UTF-8") from None
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
@@ -46,10 +47,10 @@ def count_bytes(texts):
 # ------------------------------------------------------------------------------------------------
 
 def read_examples(files):
-    """[(text, label, place)] of .csv and .jsonl files; labels are strings without spaces around them.
+    """[(text, label, place)] of .csv and .jsonl files.
 
-    place is the file and the line, for messages.  Raises ValueError with the place of the first
-    thing that is wrong.
+    A label is a string without spaces around it; place is the file and the line.  Raises ValueError
+    with the place of the first thing that is wrong.
     """
     examples = []
     for file in files:
@@ -75,20 +76,20 @@ def checked(place, text, label):
 
 
 def is_unicode(text):
-    """False where half of a surrogate pair stands alone, as "\\ud800" in JSON: UTF-8 cannot hold it."""
+    """False where half of a surrogate pair stands alone, as "\\ud800" in JSON: UTF-8 has none."""
     return not re.search("[\ud800-\udfff]", text)
 
 
 def csv_rows(file, content):
-    """(place, text, label) of each row after the header; a quoted text may go over several lines."""
+    """(place, text, label) of each row after the header; a quoted text may have several lines."""
     csv.field_size_limit(2**31 - 1)
     reader, line = csv.reader(io.StringIO(content, newline=""), strict=True), 1
     try:
         header = [name.strip() for name in next(reader)]
         for name in ("text", "label"):
             if header.count(name) != 1:
-                raise ValueError(f"{file}: line 1: the header must name the columns text and label, "
-                                 f"each once; it is {','.join(header)!r:.80}")
+                raise ValueError(f"{file}: line 1: the header must name the columns text and "
+                                 f"label, each once; it is {','.join(header)!r:.80}")
         text, label, line = header.index("text"), header.index("label"), reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):             # an empty line is no row
@@ -121,7 +122,7 @@ def json_rows(file, content):
 # ------------------------------------------------------------------------------------------------
 
 def padded(rows, value):
-    """Lists of different lengths as one tensor (B, T), with `value` to the right of the shorter ones."""
+    """Lists of different lengths as one tensor (B, T); `value` fills shorter ones on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
