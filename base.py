@@ -5,10 +5,7 @@ Nothing here tells GPT-Neo from GPT-NeoX; what does is in neo.py and neox.py.
     B batch · T new tokens · S tokens in view (cached + new) · C width · V vocabulary
 """
 
-import dataclasses
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -202,72 +199,6 @@ def key_mask_of(attention_mask, B, S):
 # ------------------------------------------------------------------------------------------------
 # Configs and models
 # ------------------------------------------------------------------------------------------------
-
-def check_fields(config):
-    """Raise ValueError, naming the field, where a config's value is not of its annotated type."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        kinds = [typing.get_origin(kind) or kind for kind in kinds]
-        if float in kinds:
-            kinds.append(int)                              # JSON writes 10000 for 10000.0
-        if type(value) not in kinds:                       # so that True is no int
-            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise ValueError(f"config field {field.name!r} must be {names}, got {value!r}")
-        if field.name in config.SIZES and value < 1:
-            raise ValueError(f"config field {field.name!r} must be at least 1, got {value!r}")
-
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-
-def unnamed(count):
-    """id2label where nobody has named the labels: LABEL_0, LABEL_1, ..."""
-    return {i: f"LABEL_{i}" for i in range(count)}
-
-
-def settle_labels(config):
-    """Let num_labels be the length of id2label where that is given, and 2 where neither is; labels that
-    nobody has named get the reference's names.
-
-    JSON has made strings of id2label's ids.  Raises ValueError where the two contradict each other.
-    """
-    names, count = config.id2label, config.num_labels
-    if names is not None:
-        try:
-            names = {int(i): str(name) for i, name in names.items()}
-        except ValueError:
-            names = {}
-        if not names or sorted(names) != list(range(len(names))):
-            raise ValueError("config field 'id2label' must name the ids 0, 1, ... without a gap, got "
-                             f"{config.id2label!r}")
-        if count not in (None, len(names)) and names != unnamed(len(names)):
-            raise ValueError(f"config field 'num_labels' is {count}, but 'id2label' names {len(names)}")
-    if count is None:
-        count = len(names) if names else 2
-    if count < 1:
-        raise ValueError(f"config field 'num_labels' must be at least 1, got {count}")
-    object.__setattr__(config, "num_labels", count)
-    object.__setattr__(config, "id2label", names if names and len(names) == count else unnamed(count))
-    if config.problem_type not in (None, *PROBLEM_TYPES):
-        raise ValueError(f"config field 'problem_type' is {config.problem_type!r}; "
-                         f"supported: {', '.join(PROBLEM_TYPES)}")
-
-
-def fields_of(config):
-    """{field: value} for config.json, where labels stand as transformers writes them: only id2label and
-    its inverse, no num_labels, and nothing at all for the two that nobody has named."""
-    fields = dataclasses.asdict(config)
-    del fields["num_labels"]
-    names = fields.pop("id2label")
-    if fields["problem_type"] is None:
-        del fields["problem_type"]
-    if names != unnamed(2):
-        fields |= {"id2label": {str(i): name for i, name in names.items()},
-                   "label2id": {name: i for i, name in names.items()}}
-    return fields
-
 
 class GenerationConfig(dict):
     """A checkpoint's settings for generate, as generation_config.json has them: {name: value}.

@@ -272,7 +272,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     try:
         config = cls.config_class.from_dict(raw)
     except ValueError as error:
-        raise ValueError(f"{name_or_folder}: {error}") from None
+        raise ValueError(f"{name_or_folder}/config.json: {error}") from None
     dtype = choose_dtype(torch_dtype, dtype, raw)
     generation_config, where = read_generation_config(name_or_folder, revision, raw, cls, hub)
     with torch.device("meta"), NoInit():

@@ -22,15 +22,19 @@ import torch
 import torch.nn as nn
 
 from attention import attention, choose_backend
-from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, check_fields, check_inputs,
-                  fields_of, key_mask_of, next_token_loss, settle_labels)
+from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, check_inputs, key_mask_of,
+                  next_token_loss)
+from configs import GPTNeoRules
 from sampling import generate
 from task_heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification
 
 
 @dataclass(frozen=True)
-class GPTNeoConfig:
-    """The architecture, under the names of the official config.json.  Defaults are transformers'."""
+class GPTNeoConfig(GPTNeoRules):
+    """The architecture, under the names of the official config.json.  Defaults are transformers'.
+
+    Other spellings of these names, and what each value may be: configs.py.
+    """
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048     # P: a hard limit, there is no row for position P
@@ -56,37 +60,6 @@ class GPTNeoConfig:
     problem_type: str | None = None         # of a sequence classifier; None: see task_heads.py
 
     model_type = "gpt_neo"                  # no annotation, so not a field
-    SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads",
-             "intermediate_size", "window_size")
-
-    def __post_init__(self):
-        if self.intermediate_size is None and type(self.hidden_size) is int:
-            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
-        check_fields(self)
-        settle_labels(self)
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
-                             f"'num_heads' ({self.num_heads})")
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(f"config field 'activation_function' is {self.activation_function!r}; "
-                             f"supported: {', '.join(ACTIVATIONS)}")
-        kinds = self.attention_layers
-        if unknown := sorted({str(kind) for kind in kinds} - {"global", "local"}):
-            raise ValueError(f"config field 'attention_types' names {', '.join(unknown)}; "
-                             "supported: global, local")
-        if len(kinds) != self.num_layers:
-            raise ValueError(f"config field 'attention_types' describes {len(kinds)} layers, but "
-                             f"'num_layers' is {self.num_layers}")
-
-    @property
-    def attention_layers(self):
-        """attention_types written out: ((("global", "local"), 2),) -> global, local, global, local."""
-        try:
-            return [kind for kinds, n in self.attention_types for _ in range(n) for kind in kinds]
-        except (TypeError, ValueError):
-            raise ValueError("config field 'attention_types' must be pairs of a list of kinds and a "
-                             f"number, as [[['global', 'local'], 12]], got {self.attention_types!r}"
-                             ) from None
 
     @property
     def windows(self):
@@ -109,36 +82,6 @@ class GPTNeoConfig:
     @property
     def head_dim(self):
         return self.hidden_size // self.num_heads
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder, revision=None):
-        """From the config.json of a checkpoint: a folder, or a hub id.  Errors are read_config's."""
-        from load_weights import read_config
-        return cls.from_dict(read_config(name_or_folder, revision))
-
-    @classmethod
-    def from_dict(cls, raw):
-        """From the contents of a config.json, old or new; what it says beyond the fields is ignored."""
-        raw = dict(raw)
-        if raw.get("model_type", cls.model_type) != cls.model_type:
-            raise ValueError(f"config field 'model_type' is {raw['model_type']!r}; {cls.__name__} reads "
-                             f"{cls.model_type!r}")
-        for name, alias in (("num_layers", "num_hidden_layers"), ("num_heads", "num_attention_heads")):
-            if name not in raw and alias in raw:
-                raw[name] = raw[alias]
-        written_out = raw.get("attention_layers")
-        if written_out is not None and raw.get("attention_types") is None:
-            raw["attention_types"] = [[written_out, 1]]
-        config = cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__
-                        and not (k == "attention_types" and v is None)})
-        if written_out is not None and written_out != config.attention_layers:
-            raise ValueError(f"config field 'attention_layers' ({written_out}) contradicts "
-                             f"'attention_types' ({raw['attention_types']})")
-        return config
-
-    def to_dict(self):
-        """The contents of a config.json that transformers reads."""
-        return {**fields_of(self), "model_type": self.model_type, "attention_layers": self.attention_layers}
 
 
 class Attention(nn.Module):

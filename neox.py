@@ -17,22 +17,25 @@ Sources: EleutherAI/gpt-neox (megatron/model) and transformers (modeling_gpt_neo
 whose results this file repeats to the bit when attention is the naive one.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from attention import attention, choose_backend
-from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, check_fields, check_inputs,
-                  fields_of, key_mask_of, next_token_loss, settle_labels)
+from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, check_inputs, key_mask_of,
+                  next_token_loss)
+from configs import GPTNeoXRules
 from sampling import generate
 from task_heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification
 
 
 @dataclass(frozen=True)
-class GPTNeoXConfig:
-    """The architecture, under the names of the official config.json.  Defaults are transformers'."""
+class GPTNeoXConfig(GPTNeoXRules):
+    """The architecture, under the names of the official config.json.  Defaults are transformers'.
+
+    Other spellings of these names, and what each value may be: configs.py.
+    """
 
     vocab_size: int = 50432
     max_position_embeddings: int = 2048     # trained length; rotation itself knows no limit
@@ -59,26 +62,6 @@ class GPTNeoXConfig:
     problem_type: str | None = None         # of a sequence classifier; None: see task_heads.py
 
     model_type = "gpt_neox"                 # no annotation, so not a field
-    SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers",
-             "num_attention_heads", "intermediate_size")
-
-    def __post_init__(self):
-        check_fields(self)
-        settle_labels(self)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
-                             f"'num_attention_heads' ({self.num_attention_heads})")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"config field 'hidden_act' is {self.hidden_act!r}; "
-                             f"supported: {', '.join(ACTIVATIONS)}")
-        if not math.isfinite(self.rotary_pct):
-            raise ValueError(f"config field 'rotary_pct' is {self.rotary_pct}; supported: up to 1")
-        if not 0 < self.rotary_pct <= 1 or self.rotary_ndims % 2 or self.rotary_ndims == 0:
-            raise ValueError(f"config field 'rotary_pct' ({self.rotary_pct}) makes {self.rotary_ndims} "
-                             f"of {self.head_dim} dims rotate; supported: an even number from 2")
-        if not self.rotary_emb_base > 0:
-            raise ValueError(f"config field 'rotary_emb_base' is {self.rotary_emb_base}; "
-                             "supported: a number above 0")
 
     @property
     def windows(self):
@@ -98,62 +81,6 @@ class GPTNeoXConfig:
     def rotary_ndims(self):
         """R.  Cut off, not rounded: transformers takes int(D * rotary_pct)."""
         return int(self.head_dim * self.rotary_pct)
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder, revision=None):
-        """From the config.json of a checkpoint: a folder, or a hub id.  Errors are read_config's."""
-        from load_weights import read_config
-        return cls.from_dict(read_config(name_or_folder, revision))
-
-    @classmethod
-    def from_dict(cls, raw):
-        """From the contents of a config.json, old or new; what it says beyond the fields is ignored.
-
-        transformers 5 keeps what was rotary_pct and rotary_emb_base in a dict `rope_parameters`,
-        4.57 wrote them under newer names as well; the 5 spelling wins where both are there.
-        """
-        raw = dict(raw)
-        if raw.get("model_type", cls.model_type) != cls.model_type:
-            raise ValueError(f"config field 'model_type' is {raw['model_type']!r}; {cls.__name__} reads "
-                             f"{cls.model_type!r}")
-        rope, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-        for name, part in (("rope_parameters", rope), ("rope_scaling", scaling)):
-            if not isinstance(part, dict):
-                raise ValueError(f"config field {name!r} must be an object or null, got {part!r}")
-            kind = part.get("rope_type", part.get("type", "default"))
-            if kind != "default":
-                raise ValueError(f"config field 'rope_type' is {kind!r}; supported: default")
-        for name, alias, newer in (("rotary_pct", "partial_rotary_factor", "partial_rotary_factor"),
-                                   ("rotary_emb_base", "rope_theta", "rope_theta")):
-            value = rope.get(newer, raw.get(name, raw.get(alias)))
-            if value is not None:
-                raw[name] = value
-        return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
-
-    def to_dict(self):
-        """The contents of a config.json that transformers reads, 4 and 5."""
-        return {**fields_of(self), "model_type": self.model_type}
-
-
-def rotary_tables(position_ids, R, base, dtype):
-    """Cosine and sine of every angle position * base^(-2i/R).  -> two tensors (B, 1, T, R/2)
-
-    Angles are float32 whatever the model is: bfloat16 cannot tell position 2047 from 2048
-    (EleutherAI/gpt-neox issue 1003).  Only the finished tables are rounded to the model's dtype.
-    """
-    inv_freq = 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float32) / R)       # (R/2,)
-    angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)    # (B, T, R/2)
-    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
-
-
-def rotate(x, cos, sin):
-    """Turn the first R dims of every head by its position; the other D - R pass through.
-
-    x (B, H, T, D).  Pair i is dims (i, i + R/2): halves, not neighbours as in GPT-J.
-    """
-    half = cos.size(-1)                                                            # R/2
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)         # (B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -185,6 +112,27 @@ class Attention(nn.Module):
         y, weights = out if return_weights else (out, None)                 # (B, H, T, D)
         y = y.transpose(1, 2).contiguous().view(B, T, C)                    # heads side by side
         return self.out_proj(y), weights
+
+
+def rotary_tables(position_ids, R, base, dtype):
+    """Cosine and sine of every angle position * base^(-2i/R).  -> two tensors (B, 1, T, R/2)
+
+    Angles are float32 whatever the model is: bfloat16 cannot tell position 2047 from 2048
+    (EleutherAI/gpt-neox issue 1003).  Only the finished tables are rounded to the model's dtype.
+    """
+    inv_freq = 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float32) / R)       # (R/2,)
+    angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)    # (B, T, R/2)
+    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+
+def rotate(x, cos, sin):
+    """Turn the first R dims of every head by its position; the other D - R pass through.
+
+    x (B, H, T, D).  Pair i is dims (i, i + R/2): halves, not neighbours as in GPT-J.
+    """
+    half = cos.size(-1)                                                            # R/2
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)         # (B, H, T, D)
 
 
 class MLP(nn.Module):

@@ -213,7 +213,8 @@ def refuse(name, chosen, where, known):
     if name in WITHOUT_EFFECT or name in SAMPLING_ONLY and not chosen.get("do_sample"):
         return
     if name not in REFUSED:
-        raise ValueError(f"{where}{name!r} is no setting of generate; it knows {', '.join(known)}")
+        advice = "take it out of the file" if where else f"it knows {', '.join(known)}"
+        raise ValueError(f"{where}{name!r} is no setting of generate; {advice}")
     if value is not None and value not in REFUSED[name]:
         off = " or ".join(map(repr, (None, *REFUSED[name])))
         raise ValueError(f"{where}{name}={short(value)} is not supported here, only in "

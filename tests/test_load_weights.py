@@ -271,7 +271,6 @@ V5 = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 ROPE = {
     "v4": {"rotary_pct": 0.5, "rotary_emb_base": 500, "rope_scaling": None},
     "v4.57, both": {"rotary_pct": 0.5, "rotary_emb_base": 500.0, "partial_rotary_factor": 0.5, "rope_theta": 500.0},
-    "v4.57, new": {"partial_rotary_factor": 0.5, "rope_theta": 500.0},
     "v5": {"rope_parameters": V5},
     "v5 over a stale v4": {"rope_parameters": V5, "rotary_pct": 0.25, "rotary_emb_base": 10000},
 }

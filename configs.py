@@ -1,0 +1,283 @@
+"""What a config.json says, in every spelling that has been written, and what each field may be.
+
+    Config            reading and writing, the same for both families
+    GPTNeoRules       what GPT-Neo's fields may be; GPTNeoConfig in neo.py has the fields
+    GPTNeoXRules      the same for GPT-NeoX
+
+transformers 5.23.0 decides what a file means (configuration_utils.py, configuration_gpt_neo.py,
+configuration_gpt_neox.py); what it would refuse, or pass over although it names another model, is refused
+here with the field's name.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+
+from base import ACTIVATIONS
+from files import shown
+from load_weights import read_config
+
+
+class Config:
+    """A frozen dataclass of a family's settings, as model.config."""
+
+    def __post_init__(self):
+        self.fill_in()
+        check_fields(self)
+        settle_labels(self)
+        self.check()
+
+    def fill_in(self):
+        """Give fields that are None the value that this stands for."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, revision=None):
+        """From the config.json of a checkpoint: a folder, or a hub id.  Errors are read_config's."""
+        raw = read_config(name_or_folder, revision)
+        try:
+            return cls.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{name_or_folder}/config.json: {error}") from None
+
+    @classmethod
+    def from_dict(cls, raw):
+        """From the contents of a config.json, old or new.
+
+        Fields that neither transformers' model nor ours reads are ignored, as there.
+        Raises ValueError, naming the field, for a value that is not supported.
+        """
+        raw = dict(raw)
+        if raw.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(f"config field 'model_type' is {shown(raw['model_type'])}; {cls.__name__} reads "
+                             f"{cls.model_type!r}")
+        refuse_other_models(raw)
+        raw = cls.respelled(raw)
+        return cls(**{name: value for name, value in raw.items() if name in cls.__dataclass_fields__})
+
+    def to_dict(self):
+        """The contents of a config.json that transformers reads, 4 and 5.
+
+        Labels stand as transformers writes them: id2label and its inverse, no num_labels, and nothing at
+        all for the two labels that nobody has named.
+        """
+        fields = dataclasses.asdict(self)
+        del fields["num_labels"]
+        names = fields.pop("id2label")
+        if fields["problem_type"] is None:
+            del fields["problem_type"]
+        if names != unnamed(2):
+            fields |= {"id2label": {str(i): name for i, name in names.items()},
+                       "label2id": {name: i for i, name in names.items()}}
+        return {**fields, "model_type": self.model_type}
+
+
+def refuse(field, value, supported):
+    raise ValueError(f"config field {field!r} is {shown(value)}; supported: {supported}")
+
+
+# Fields that transformers obeys in any config, though neither family has them: pruning, other masks
+# (masking_utils.py), caches that forget (cache_utils.py), settings of single layers, cross-attention.
+ABSENT = ("pruned_heads", "per_layer_config", "sliding_window", "attention_chunk_size", "layer_types",
+          "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
+
+
+def refuse_other_models(raw):
+    """Raise ValueError for fields that would make another model of the same weights."""
+    quantized = raw.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"config field 'quantization_config': the weights were quantized by {shown(method)}, "
+                         "which this project does not read; take the checkpoint that they were made from")
+    for name in ABSENT:
+        if raw.get(name):
+            refuse(name, raw[name], "null")
+    if raw.get("is_causal") not in (None, True):
+        refuse("is_causal", raw["is_causal"], "true")
+
+
+# ------------------------------------------------------------------------------------------------
+# GPT-Neo
+# ------------------------------------------------------------------------------------------------
+
+class GPTNeoRules(Config):
+    SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads",
+             "intermediate_size", "window_size")
+    DROPOUTS = ("resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout")
+
+    @staticmethod
+    def respelled(raw):
+        """num_hidden_layers and num_attention_heads are other names; layers may be written out."""
+        for name, alias in (("num_layers", "num_hidden_layers"), ("num_heads", "num_attention_heads")):
+            if alias in raw:
+                if name in raw and raw[name] != raw[alias]:
+                    raise ValueError(f"config fields {name!r} ({shown(raw[name])}) and {alias!r} "
+                                     f"({shown(raw[alias])}) contradict each other: they mean the same")
+                raw[name] = raw[alias]
+        written_out = raw.get("attention_layers")
+        if raw.get("attention_types") is None:
+            raw.pop("attention_types", None)
+            if written_out is not None:
+                raw["attention_types"] = [[written_out, 1]]
+        elif written_out is not None and written_out != expanded(raw["attention_types"]):
+            raise ValueError(f"config field 'attention_layers' ({shown(written_out)}) contradicts "
+                             f"'attention_types' ({shown(raw['attention_types'])})")
+        return raw
+
+    def fill_in(self):
+        if self.intermediate_size is None and type(self.hidden_size) is int:
+            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
+
+    def check(self):
+        """Raise ValueError, naming the field, for settings that fit no model."""
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
+                             f"'num_heads' ({self.num_heads})")
+        if self.activation_function not in ACTIVATIONS:
+            refuse("activation_function", self.activation_function, ", ".join(ACTIVATIONS))
+        kinds = self.attention_layers
+        if unknown := sorted({shown(kind, 20).strip("'") for kind in kinds} - {"global", "local"}):
+            raise ValueError(f"config field 'attention_types' names {', '.join(unknown[:5])}; "
+                             "supported: global, local")
+        if len(kinds) != self.num_layers:
+            raise ValueError(f"config field 'attention_types' describes {len(kinds)} layers, but "
+                             f"'num_layers' is {self.num_layers}")
+
+    @property
+    def attention_layers(self):
+        """For each layer "global" or "local"."""
+        return expanded(self.attention_types)
+
+    def to_dict(self):
+        return super().to_dict() | {"attention_layers": self.attention_layers}
+
+
+MOST_LAYERS = 10_000
+
+
+def expanded(attention_types):
+    """attention_types written out: [[["global", "local"], 2]] -> global, local, global, local."""
+    problem = ValueError("config field 'attention_types' must be pairs of a list of kinds and a number, as "
+                         f"[[['global', 'local'], 12]], got {shown(attention_types)}")
+    try:
+        if sum(len(kinds) * times for kinds, times in attention_types) > MOST_LAYERS:
+            raise problem
+        return [kind for kinds, times in attention_types for _ in range(times) for kind in kinds]
+    except (TypeError, ValueError):
+        raise problem from None
+
+
+# ------------------------------------------------------------------------------------------------
+# GPT-NeoX
+# ------------------------------------------------------------------------------------------------
+
+class GPTNeoXRules(Config):
+    SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers",
+             "num_attention_heads", "intermediate_size")
+    DROPOUTS = ("attention_dropout", "hidden_dropout", "classifier_dropout")
+
+    @staticmethod
+    def respelled(raw):
+        """The rotation in three spellings, as configuration_gpt_neox.py reads them.
+
+        transformers 5 writes a dict rope_parameters; a dict rope_scaling goes before it.  What neither says,
+        rotary_emb_base and rotary_pct say.  4.57 wrote rope_theta and partial_rotary_factor beside those;
+        the reference passes over these two, so they must not say anything else.
+        """
+        for name in ("rope_scaling", "rope_parameters"):
+            if raw.get(name) is not None and not isinstance(raw[name], dict):
+                raise ValueError(f"config field {name!r} must be an object or null, got {shown(raw[name])}")
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            refuse("rope_type", kind, "default")
+        for field, newer, default in (("rotary_pct", "partial_rotary_factor", 0.25),
+                                      ("rotary_emb_base", "rope_theta", 10000.0)):
+            value = rope.get(newer, raw.get(field, default))
+            if raw.get(newer) not in (None, value):
+                raise ValueError(f"config field {newer!r} is {shown(raw[newer])}, which transformers does not "
+                                 f"read in a gpt_neox config, while {shown(value)} holds: write {field!r}")
+            raw[field] = value
+        if raw.get("head_dim") not in (None, head_width(raw)):
+            refuse("head_dim", raw["head_dim"], "hidden_size / num_attention_heads")
+        return raw
+
+    def check(self):
+        """Raise ValueError, naming the field, for settings that fit no model."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
+                             f"'num_attention_heads' ({self.num_attention_heads})")
+        if self.hidden_act not in ACTIVATIONS:
+            refuse("hidden_act", self.hidden_act, ", ".join(ACTIVATIONS))
+        if not math.isfinite(self.rotary_pct):
+            refuse("rotary_pct", self.rotary_pct, "above 0, up to 1")
+        if not 0 < self.rotary_pct <= 1 or self.rotary_ndims % 2 or self.rotary_ndims == 0:
+            raise ValueError(f"config field 'rotary_pct' ({self.rotary_pct}) makes {self.rotary_ndims} "
+                             f"of {self.head_dim} dims rotate; supported: an even number from 2")
+        if not 0 < self.rotary_emb_base < math.inf:
+            refuse("rotary_emb_base", self.rotary_emb_base, "a number above 0")
+
+
+def head_width(raw):
+    """hidden_size / num_attention_heads where both are whole numbers, else None."""
+    C, H = raw.get("hidden_size"), raw.get("num_attention_heads")
+    return C // H if type(C) is int and type(H) is int and H > 0 else None
+
+
+# ------------------------------------------------------------------------------------------------
+# Fields
+# ------------------------------------------------------------------------------------------------
+
+def check_fields(config):
+    """Raise ValueError, naming the field, where a config's value is not of its annotated type."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = [typing.get_origin(kind) or kind for kind in kinds]
+        if float in kinds:
+            kinds.append(int)                              # JSON writes 10000 for 10000.0
+        if type(value) not in kinds:                       # so that True is no int
+            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ValueError(f"config field {field.name!r} must be {names}, got {shown(value)}")
+        if field.name in config.SIZES and not 1 <= value < 2**31:
+            raise ValueError(f"config field {field.name!r} must be at least 1 and below 2**31, "
+                             f"got {shown(value)}")
+        if field.name in config.DROPOUTS and not 0 <= value <= 1:
+            raise ValueError(f"config field {field.name!r} must be from 0 to 1, got {shown(value)}")
+
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def unnamed(count):
+    """id2label where nobody has named the labels: LABEL_0, LABEL_1, ..."""
+    return {i: f"LABEL_{i}" for i in range(count)}
+
+
+def settle_labels(config):
+    """Let num_labels be the length of id2label where that is given, and 2 where neither is; labels that
+    nobody has named get the reference's names.
+
+    JSON has made strings of id2label's ids.  Raises ValueError where the two contradict each other.
+    """
+    names, count = config.id2label, config.num_labels
+    if names is not None:
+        try:
+            names = {int(i): str(name) for i, name in names.items()}
+        except ValueError:
+            names = {}
+        if not names or sorted(names) != list(range(len(names))):
+            raise ValueError("config field 'id2label' must name the ids 0, 1, ... without a gap, got "
+                             f"{shown(config.id2label)}")
+        if count not in (None, len(names)) and names != unnamed(len(names)):
+            raise ValueError(f"config field 'num_labels' is {shown(count)}, but 'id2label' names {len(names)}")
+    if count is None:
+        count = len(names) if names else 2
+    if count < 1:
+        raise ValueError(f"config field 'num_labels' must be at least 1, got {shown(count)}")
+    object.__setattr__(config, "num_labels", count)
+    object.__setattr__(config, "id2label", names if names and len(names) == count else unnamed(count))
+    if config.problem_type not in (None, *PROBLEM_TYPES):
+        raise ValueError(f"config field 'problem_type' is {shown(config.problem_type)}; "
+                         f"supported: {', '.join(PROBLEM_TYPES)}")
