@@ -19,6 +19,10 @@ from files import shown
 from load_weights import read_config
 
 
+MOST_LAYERS = 1000                                         # a model of more would take minutes to build
+LARGEST_SIZE = 2**28                                       # the product of two still counts a tensor's bytes
+
+
 class Config:
     """A frozen dataclass of a family's settings, as model.config."""
 
@@ -81,6 +85,11 @@ def refuse(field, value, supported):
 ABSENT = ("pruned_heads", "per_layer_config", "sliding_window", "attention_chunk_size", "layer_types",
           "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
 
+# Fields that change what transformers' forward pass does or returns, with the values that change nothing here.
+USUAL = {"is_causal": (True, None), "use_cache": (True, False), "is_decoder": (True, False),
+         "return_dict": (True, None), "output_hidden_states": (False, None),
+         "output_attentions": (False, None)}
+
 
 def refuse_other_models(raw):
     """Raise ValueError for fields that would make another model of the same weights."""
@@ -92,8 +101,9 @@ def refuse_other_models(raw):
     for name in ABSENT:
         if raw.get(name):
             refuse(name, raw[name], "null")
-    if raw.get("is_causal") not in (None, True):
-        refuse("is_causal", raw["is_causal"], "true")
+    for name, usual in USUAL.items():
+        if name in raw and not any(raw[name] is value for value in usual):
+            refuse(name, raw[name], " or ".join("null" if v is None else str(v).lower() for v in usual))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -150,9 +160,6 @@ class GPTNeoRules(Config):
 
     def to_dict(self):
         return super().to_dict() | {"attention_layers": self.attention_layers}
-
-
-MOST_LAYERS = 10_000
 
 
 def expanded(attention_types):
@@ -235,14 +242,18 @@ def check_fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = [typing.get_origin(kind) or kind for kind in kinds]
-        if float in kinds:
-            kinds.append(int)                              # JSON writes 10000 for 10000.0
+        if float in kinds and not field.name.startswith(("layer_norm", "initializer")):
+            kinds.append(int)                              # where transformers takes integers as well
         if type(value) not in kinds:                       # so that True is no int
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise ValueError(f"config field {field.name!r} must be {names}, got {shown(value)}")
-        if field.name in config.SIZES and not 1 <= value < 2**31:
-            raise ValueError(f"config field {field.name!r} must be at least 1 and below 2**31, "
+        most = MOST_LAYERS if field.name in ("num_layers", "num_hidden_layers") else LARGEST_SIZE
+        if field.name in config.SIZES and not 1 <= value <= most:
+            raise ValueError(f"config field {field.name!r} must be at least 1 and at most {most}, "
                              f"got {shown(value)}")
+        if field.name == "eos_token_id" and isinstance(value, list):
+            if any(type(token) is not int for token in value):
+                raise ValueError(f"config field 'eos_token_id' must hold integers, got {shown(value)}")
         if field.name in config.DROPOUTS and not 0 <= value <= 1:
             raise ValueError(f"config field {field.name!r} must be from 0 to 1, got {shown(value)}")
 

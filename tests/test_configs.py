@@ -117,6 +117,8 @@ def test_every_combination_of_names_for_gpt_neos_layers(grid):
     ("sliding_window", 4), ("attention_chunk_size", 8), ("layer_types", ["sliding_attention"]),
     ("is_causal", False), ("is_encoder_decoder", True), ("per_layer_config", {"0": {}}),
     ("classifier_dropout", 9.0), ("tie_word_embeddings", None), pytest.param("vocab_size", 10**4500, id="huge"), ("hidden_size", 2**40),
+    ("output_hidden_states", True), ("output_attentions", True), ("return_dict", False), ("use_cache", 1),
+    ("eos_token_id", [1, "a"]), ("initializer_range", 1),
     ("hidden_size", True), ("id2label", {"0": "a", "2": "b"}), ("problem_type", "\x1b[2J")])
 def test_what_would_be_another_model_is_refused_by_name(base, cls, field, value):
     with pytest.raises(ValueError, match=f"config field '{field}'") as caught:
@@ -142,6 +144,12 @@ def test_heads_of_another_width():
 def test_very_many_layers_are_counted_before_they_are_written_out():
     with pytest.raises(ValueError, match="config field 'attention_types'"):
         GPTNeoConfig.from_dict(NEO | {"attention_types": [[["global"], 10**9]]})
+
+
+@pytest.mark.parametrize("cls, name", [(GPTNeoConfig, "num_layers"), (GPTNeoXConfig, "num_hidden_layers")])
+def test_a_model_that_would_take_minutes_to_build_is_refused(cls, name):
+    with pytest.raises(ValueError, match=f"config field '{name}' must be at least 1 and at most 1000"):
+        cls.from_dict({name: 10**6})
 
 
 @pytest.mark.parametrize("base, cls", [(NEO, GPTNeoConfig), (NEOX, GPTNeoXConfig)], ids=["neo", "neox"])
