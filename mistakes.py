@@ -1,0 +1,581 @@
+"""The mistakes that ports of these models make, each made on purpose in our definition.
+
+    MISTAKES          the table: id, family, what the mistake is, what it costs, how to put it right
+    planted(patches)  a with-block in which our model makes a mistake
+    variants(model)   every way to make every mistake of a model's family
+
+    python mistakes.py            prints the table, with the cost measured anew
+
+A mistake is a few patches, (object, attribute, value): a function replaced by a wrong one, a layer's
+setting changed, a layer's output rearranged.  Nothing is copied, so that a mistake costs no memory and
+goes away at the end of the with-block.  Some mistakes can be made in more than one way (the base of the
+rotation can be any wrong number); each way is a variant, with the same id.
+
+diagnose.py looks for the mistake that gives a port's own numbers; the tests plant every one of them and
+see that the comparison with transformers notices it.
+
+    B batch · T tokens · C width · H heads · D width of a head · R rotated dims · W window
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import attention as attention_module
+import neo
+import neox
+from attention import visible
+from base import ACTIVATIONS
+from neox import rotary_tables, rotate
+
+NEO, NEOX = "gpt_neo", "gpt_neox"
+
+
+@contextlib.contextmanager
+def planted(patches):
+    """Within the block each (object, attribute, value) holds; after it everything is as before."""
+    undo = []
+    try:
+        for thing, name, value in patches:
+            own = name in vars(thing) or not hasattr(type(thing), name)
+            undo.append((thing, name, getattr(thing, name), own))
+            setattr(thing, name, value)
+        yield
+    finally:
+        for thing, name, value, own in reversed(undo):
+            if own:
+                setattr(thing, name, value)
+            else:
+                delattr(thing, name)                       # a method of the class shows again
+
+
+# ------------------------------------------------------------------------------------------------
+# The places where mistakes are made
+# ------------------------------------------------------------------------------------------------
+
+def attentions(model):
+    return [block.attn for block in model.transformer.blocks]
+
+
+def mlps(model):
+    return [block.mlp for block in model.transformer.blocks]
+
+
+def norms(model):
+    inner = [norm for block in model.transformer.blocks for norm in (block.ln_1, block.ln_2)]
+    return [*inner, model.transformer.ln_f]
+
+
+def module_of(model):
+    """neo or neox: the module whose functions this model's layers call."""
+    return {NEO: neo, NEOX: neox}[model.config.model_type]
+
+
+def after(layer, change):
+    """The patch that passes a layer's output through `change`."""
+    forward = layer.forward
+    return layer, "forward", lambda *args, **kwargs: change(forward(*args, **kwargs))
+
+
+def with_attention(model, **changes):
+    """The patch that calls attention with other arguments."""
+    module = module_of(model)
+    attention = module.attention
+    return [(module, "attention", lambda q, k, v, **how: attention(q, k, v, **how | changes))]
+
+
+# ------------------------------------------------------------------------------------------------
+# Both families.  Each function yields the variants of one mistake, each a list of patches.
+# ------------------------------------------------------------------------------------------------
+
+def no_causal_mask(model):
+    def everything(T, S, window=None, device=None):
+        return torch.ones(T, S, dtype=torch.bool, device=device)
+
+    def both_sides(T, S, window=None, device=None):
+        i, j = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
+        return everything(T, S, device=device) if window is None else (i - j).abs() < window
+
+    yield [(attention_module, "visible", everything)]
+    if any(model.config.windows):
+        yield [(attention_module, "visible", both_sides)]
+
+
+def no_final_norm(model):
+    yield [(model.transformer.ln_f, "forward", lambda x: x)]
+
+
+def norm_eps(model):
+    right = model.transformer.ln_f.eps
+    for eps in (1e-5, 1e-6, 1e-12):
+        if eps != right:
+            yield [(norm, "eps", eps) for norm in norms(model)]
+
+
+def norm_unbiased_variance(model):
+    def wrong(norm):
+        def forward(x):
+            variance = x.var(-1, keepdim=True, correction=1)
+            return (x - x.mean(-1, keepdim=True)) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+        return forward
+    yield [(norm, "forward", wrong(norm)) for norm in norms(model)]
+
+
+def activation(function):
+    def variants(model):
+        yield [(mlp, "act", function) for mlp in mlps(model)]
+    return variants
+
+
+def gelu_exact(model):
+    if mlps(model)[0].act is not ACTIVATIONS["gelu"]:
+        yield from activation(ACTIVATIONS["gelu"])(model)
+
+
+def gelu_tanh(model):
+    if mlps(model)[0].act is ACTIVATIONS["gelu"]:
+        yield from activation(ACTIVATIONS["gelu_pytorch_tanh"])(model)
+
+
+def no_out_bias(model):
+    yield [(attn.out_proj, "bias", None) for attn in attentions(model) if attn.out_proj.bias is not None]
+
+
+def no_mlp_bias(model):
+    for names in (("up_proj", "down_proj"), ("up_proj",), ("down_proj",)):
+        yield [(getattr(mlp, name), "bias", None) for mlp in mlps(model) for name in names]
+
+
+def transposed(layer):
+    """The patch that reads a square matrix the other way round."""
+    return layer, "weight", nn.Parameter(layer.weight.detach().T)
+
+
+def out_transposed(model):
+    yield [transposed(attn.out_proj) for attn in attentions(model)]
+
+
+def heads_not_transposed(model):
+    module = module_of(model)
+    attention = module.attention
+
+    def wrong(q, k, v, **how):
+        y = attention(q, k, v, **how)                                      # (B, H, T, D)
+        B, H, T, D = y.shape
+        return y.reshape(B, T, H, D).transpose(1, 2)
+    yield [(module, "attention", wrong)]
+
+
+def softmax_bfloat16(model):
+    softmax = torch.Tensor.softmax
+
+    def rounding(scores, weights):
+        def wrong(x, dim, dtype=None):
+            x = softmax(x.bfloat16() if scores == "all" else x.bfloat16().float() if scores else x, dim)
+            return (x.bfloat16() if weights else x).float()
+        return [(torch.Tensor, "softmax", wrong)]
+
+    if model.dtype == torch.float32:
+        yield rounding(scores="all", weights=True)
+        yield rounding(scores=True, weights=False)
+        yield rounding(scores=False, weights=True)
+
+
+def with_weights(model, change, kinds=(nn.Linear, nn.Embedding, nn.LayerNorm)):
+    """The patches that pass every weight and bias of these kinds of layers through `change`, while the
+    layer runs: a changed copy of all weights would need their memory once more."""
+    def changed(layer, forward):
+        def wrong(x):
+            names = [name for name in ("weight", "bias") if getattr(layer, name, None) is not None]
+            with planted([(layer, name, nn.Parameter(change(getattr(layer, name)), False)) for name in names]):
+                return forward(x)
+        return wrong
+    return [(layer, "forward", changed(layer, layer.forward))
+            for layer in model.modules() if isinstance(layer, kinds)]
+
+
+def weights_rounded_to(dtype):
+    def variants(model):
+        if model.dtype == torch.float32:
+            yield with_weights(model, lambda w: w.to(dtype).to(w.dtype))
+            yield with_weights(model, lambda w: w.to(dtype).to(w.dtype) if w.dim() > 1 else w)
+    return variants
+
+
+def to_int8(weight):
+    """Rounded to integers from -127 to 127 times a scale for each row."""
+    if weight.dim() == 1:
+        return weight
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (weight / scale).round().clamp(-127, 127) * scale
+
+
+def weights_int8(model):
+    everywhere = with_weights(model, to_int8, (nn.Linear, nn.Embedding))
+    linear = with_weights(model, to_int8, (nn.Linear,))
+    yield linear
+    yield [patch for patch in linear if patch[0] is not model.lm_head]
+    yield everywhere
+    yield [patch for patch in everywhere if patch[0] is not getattr(model.transformer, "pos_embed", None)]
+
+
+def embedding_scaled(model):
+    root = math.sqrt(model.config.hidden_size)
+    token = after(model.transformer.embed, lambda x: x * root)
+    yield [token]
+    if model.config.model_type == NEO:
+        yield [token, after(model.transformer.pos_embed, lambda x: x * root)]
+
+
+def extra_first_token(model):
+    forward, config = model.transformer.forward, model.config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for first in sorted({0, config.bos_token_id, *ends} & set(range(config.vocab_size))):
+        def wrong(input_ids, *args, first=first, **kwargs):
+            out = forward(F.pad(input_ids, (1, 0), value=first), *args, **kwargs)
+            out.last_hidden_state = out.last_hidden_state[:, 1:]
+            return out
+        yield [(model.transformer, "forward", wrong)]
+
+
+def logits_shifted(model):
+    """The logits of the next or of the last position; NaN at the end, where a port may have anything."""
+    def later(logits):
+        return F.pad(logits[:, 1:], (0, 0, 0, 1), value=math.nan)
+
+    def earlier(logits):
+        return F.pad(logits[:, :-1], (0, 0, 1, 0), value=math.nan)
+
+    yield [after(model.lm_head, later)]
+    yield [after(model.lm_head, earlier)]
+
+
+# ------------------------------------------------------------------------------------------------
+# GPT-Neo
+# ------------------------------------------------------------------------------------------------
+
+def windows(change):
+    """Other windows: `change` turns the window of a layer, or None, into another."""
+    def variants(model):
+        W = model.config.window_size
+        yield [(attn, "window", change(attn.window, W)) for attn in attentions(model)]
+    return variants
+
+
+def window_in_blocks(model):
+    def wrong(blocks_back):
+        def seen(T, S, window=None, device=None):
+            rule = visible(T, S, None, device)
+            if window is None:
+                return rule
+            i, j = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
+            return rule & (i // window - j // window <= blocks_back)
+        return [(attention_module, "visible", seen)]
+    yield wrong(0)
+    yield wrong(1)
+
+
+def scaled_scores(model):
+    yield with_attention(model, scale=model.config.head_dim ** -0.5)
+
+
+def no_position_embedding(model):
+    yield [after(model.transformer.pos_embed, torch.zeros_like)]
+
+
+def positions_from(first):
+    def variants(model):
+        table = model.transformer.pos_embed
+        forward, last = table.forward, table.num_embeddings - 1
+        yield [(table, "forward", lambda ids: forward((ids + first).clamp(max=last)))]
+    return variants
+
+
+def projection_transposed(name):
+    def variants(model):
+        yield [transposed(getattr(attn, name)) for attn in attentions(model)]
+    return variants
+
+
+# ------------------------------------------------------------------------------------------------
+# GPT-NeoX
+# ------------------------------------------------------------------------------------------------
+
+def qkv_thirds(model):
+    H = model.config.num_attention_heads
+    def wrong(y):                                                          # (B, T, 3C)
+        return y.unflatten(-1, (3, H, -1)).transpose(-3, -2).flatten(-3)
+    yield [after(attn.qkv_proj, wrong) for attn in attentions(model)]
+
+
+def qkv_order(model):
+    H = model.config.num_attention_heads
+    for order in ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
+        def wrong(y, order=list(order)):                                   # (B, T, 3C)
+            return y.unflatten(-1, (H, 3, -1))[..., order, :].flatten(-3)
+        yield [after(attn.qkv_proj, wrong) for attn in attentions(model)]
+
+
+def no_qkv_bias(model):
+    yield [(attn.qkv_proj, "bias", None) for attn in attentions(model) if attn.qkv_proj.bias is not None]
+
+
+def one_norm(model):
+    blocks = model.transformer.blocks
+    yield [(block, "ln_2", block.ln_1) for block in blocks]
+    yield [(block, "ln_1", block.ln_2) for block in blocks]
+
+
+def norms_swapped(model):
+    yield [(block, name, norm) for block in model.transformer.blocks
+           for name, norm in (("ln_1", block.ln_2), ("ln_2", block.ln_1))]
+
+
+def residual(parallel):
+    def variants(model):
+        yield [(block, "parallel", parallel) for block in model.transformer.blocks
+               if block.parallel is not parallel]
+    return variants
+
+
+def with_tables(tables):
+    """`tables(model, position_ids, R, base)` gives the cosines and sines in place of rotary_tables."""
+    def variants(model):
+        def wrong(position_ids, R, base, dtype):
+            cos, sin = tables(model, position_ids, R, base)
+            return cos.to(dtype), sin.to(dtype)
+        yield [(neox, "rotary_tables", wrong)]
+    return variants
+
+
+def right_tables(position_ids, R, base):
+    return rotary_tables(position_ids, R, base, torch.float32)
+
+
+rotary_all_dims = with_tables(
+    lambda model, ids, R, base: right_tables(ids, model.config.head_dim, base))
+rotary_opposite_sign = with_tables(
+    lambda model, ids, R, base: (right_tables(ids, R, base)[0], -right_tables(ids, R, base)[1]))
+
+
+def rotary_denominator(model):
+    """base^(-2i/D) in place of base^(-2i/R): the same as another base."""
+    D = model.config.head_dim
+    yield from with_tables(lambda model, ids, R, base: right_tables(ids, R, base ** (R / D)))(model)
+
+
+def rotary_base(model):
+    own, D, R = model.config.rotary_emb_base, model.config.head_dim, model.config.rotary_ndims
+    for wrong in (10, 100, 500, 1000, 2000, 5000, 10000, 20000, 25000, 40000, 50000, 100000, 160000, 200000,
+                  250000, 500000, 1000000, 5000000, 10000000):
+        if wrong not in (own, own ** (R / D)):             # the second is rotary-denominator
+            yield from with_tables(lambda model, ids, R, base, wrong=wrong: right_tables(ids, R, wrong))(model)
+
+
+def rotary_bfloat16(model):
+    """Positions, frequencies, angles or finished tables in bfloat16: each of them, and all of them."""
+    def rounded(x, yes):
+        return x.bfloat16().float() if yes else x
+
+    for inputs, angle, table in ((1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1)):
+        def tables(model, ids, R, base, inputs=inputs, angle=angle, table=table):
+            frequencies = 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
+            angles = rounded(ids[..., None].float(), inputs) * rounded(frequencies, inputs)
+            angles = rounded(angles, angle)[:, None]                       # (B, 1, T, R/2)
+            return rounded(angles.cos(), table), rounded(angles.sin(), table)
+        yield from with_tables(tables)(model)
+
+
+def with_rotate(wrong):
+    def variants(model):
+        yield [(neox, "rotate", wrong)]
+    return variants
+
+
+def neighbours(x, cos, sin):
+    """Pair i is dims (2i, 2i + 1), as in GPT-J."""
+    R = 2 * cos.size(-1)
+    a, b, rest = x[..., 0:R:2], x[..., 1:R:2], x[..., R:]
+    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    return torch.cat([pairs, rest], dim=-1)
+
+
+def last_dims(x, cos, sin):
+    first = x.size(-1) - 2 * cos.size(-1)
+    return torch.cat([x[..., :first], rotate(x[..., first:], cos, sin)], dim=-1)
+
+
+def rotary_q_only(model):
+    rotate = neox.rotate
+    for turns in ((True, False), (False, True)):           # the model rotates q first, then k
+        calls = []
+        def wrong(x, cos, sin, turns=turns, calls=calls):
+            calls.append(None)
+            return rotate(x, cos, sin) if turns[(len(calls) - 1) % 2] else x
+        yield [(neox, "rotate", wrong)]
+
+
+def no_scale(model):
+    yield with_attention(model, scale=1.0)
+
+
+def scale_by_width(model):
+    yield with_attention(model, scale=model.config.hidden_size ** -0.5)
+
+
+def head_tied(model):
+    if model.lm_head.weight is not model.transformer.embed.weight:
+        yield [(model.lm_head, "weight", model.transformer.embed.weight)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Mistake:
+    """One row of the table.
+
+    rounds: it rounds within the computation, so that a port in another order of operations agrees with
+    it less closely than to float32's own rounding.  whole_text: a position depends on later ones, so
+    that the beginning of a text cannot be computed by itself.
+    """
+    id: str
+    family: str | None                     # None: both
+    sentence: str                          # what the mistake is
+    fix: str                               # how to put it right in a port
+    plant: Callable                        # model -> variants, each a list of patches
+    rounds: bool = False
+    whole_text: bool = False
+
+
+MISTAKES = [
+    # --- both families
+    Mistake("no-causal-mask", None, "Queries read keys that come after them.",
+            "Let query i read key j only where j <= i.", no_causal_mask, whole_text=True),
+    Mistake("no-final-norm", None, "The LayerNorm after the last block is left out.",
+            "Apply ln_f (final_layer_norm) once before the head.", no_final_norm),
+    Mistake("norm-eps", None, "LayerNorm adds another epsilon to the variance than config.json names.",
+            "Read layer_norm_epsilon (GPT-Neo) or layer_norm_eps (GPT-NeoX); it is 1e-5.", norm_eps),
+    Mistake("norm-unbiased-variance", None, "LayerNorm divides the sum of squares by C - 1.",
+            "Divide by C: LayerNorm takes the biased variance.", norm_unbiased_variance),
+    Mistake("gelu-exact", None, "GELU is computed with erf where config.json names the tanh form.",
+            "gelu_new, gelu_fast and gelu_pytorch_tanh all mean 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).",
+            gelu_exact),
+    Mistake("gelu-tanh", None, "GELU is computed with tanh where config.json names the exact form.",
+            '"gelu" means 0.5 x (1 + erf(x / sqrt(2))).', gelu_tanh),
+    Mistake("gelu-sigmoid", None, "GELU is approximated as x sigmoid(1.702 x).",
+            "Use the form that config.json names; this approximation is another function.",
+            activation(lambda x: x * torch.sigmoid(1.702 * x))),
+    Mistake("relu", None, "The activation is ReLU.", "Use the GELU that config.json names.", activation(F.relu)),
+    Mistake("no-out-bias", None, "The bias of attention's output projection is not added.",
+            "Add out_proj.bias (GPT-NeoX: dense.bias).", no_out_bias),
+    Mistake("no-mlp-bias", None, "A bias of the MLP is not added.",
+            "Both matrices of the MLP have a bias.", no_mlp_bias),
+    Mistake("out-transposed", None, "The matrix of attention's output projection is read transposed.",
+            "Files hold (outputs, inputs): y = x Wᵀ + b.", out_transposed),
+    Mistake("heads-not-transposed", None, "The heads' outputs (B, H, T, D) are joined without being "
+            "transposed to (B, T, H, D).", "Transpose heads and tokens before joining the heads.",
+            heads_not_transposed, whole_text=True),
+    Mistake("softmax-bfloat16", None, "The softmax over the scores is computed in bfloat16.",
+            "Compute scores and softmax in float32.", softmax_bfloat16, rounds=True),
+    Mistake("weights-float16", None, "The weights were rounded to float16.",
+            "Keep the weights in the dtype of the file.", weights_rounded_to(torch.float16)),
+    Mistake("weights-bfloat16", None, "The weights were rounded to bfloat16.",
+            "Keep the weights in the dtype of the file.", weights_rounded_to(torch.bfloat16)),
+    Mistake("weights-int8", None, "The matrices were rounded to 8-bit integers with a scale for each row.",
+            "Compare before quantizing, or compare with a tolerance that allows for it.", weights_int8),
+    Mistake("embedding-scaled", None, "The embedding is multiplied by sqrt(C).",
+            "Neither family scales its embedding.", embedding_scaled),
+    Mistake("extra-first-token", None, "A token that is not in the ids stands before them.",
+            "Neither tokenizer adds a first token; compare the same ids.", extra_first_token),
+    Mistake("logits-shifted", None, "The logits stand one position too early or too late.",
+            "Row i of the logits is what the model says after reading token i.", logits_shifted),
+    # --- GPT-Neo
+    Mistake("local-first", NEO, "Global and local layers have changed places.",
+            "attention_types [[['global', 'local'], n]]: even layers are global, odd ones local.",
+            windows(lambda own, W: None if own else W)),
+    Mistake("all-global", NEO, "Local layers read the whole text.",
+            "In a local layer query i reads keys j with 0 <= i - j < window_size.",
+            windows(lambda own, W: None)),
+    Mistake("all-local", NEO, "Global layers have a window too.",
+            "Only the layers that attention_types calls local have a window.", windows(lambda own, W: W)),
+    Mistake("window-plus-one", NEO, "The window of local layers is one key too long.",
+            "The window counts the query itself: i - j < window_size, not <=.",
+            windows(lambda own, W: own and own + 1)),
+    Mistake("window-minus-one", NEO, "The window of local layers is one key too short.",
+            "The window counts the query itself: window_size keys in all.",
+            windows(lambda own, W: own and max(1, own - 1))),
+    Mistake("window-in-blocks", NEO, "Local layers read blocks of keys in place of a window that moves "
+            "with the query.", "In a local layer query i reads keys j with 0 <= i - j < window_size.",
+            window_in_blocks),
+    Mistake("scaled-scores", NEO, "Attention scores are divided by sqrt(D).",
+            "GPT-Neo does not scale its scores; it was trained so.", scaled_scores),
+    Mistake("no-position-embedding", NEO, "The position embedding is not added.",
+            "The first hidden state is wte[ids] + wpe[positions].", no_position_embedding),
+    Mistake("positions-from-one", NEO, "Positions are counted from 1.", "Count positions from 0.",
+            positions_from(1)),
+    Mistake("positions-from-two", NEO, "Positions are counted from 2.", "Count positions from 0.",
+            positions_from(2)),
+    Mistake("q-transposed", NEO, "The matrix of q is read transposed.",
+            "Files hold (outputs, inputs): q = x Wᵀ.", projection_transposed("q_proj")),
+    Mistake("k-transposed", NEO, "The matrix of k is read transposed.",
+            "Files hold (outputs, inputs): k = x Wᵀ.", projection_transposed("k_proj")),
+    Mistake("v-transposed", NEO, "The matrix of v is read transposed.",
+            "Files hold (outputs, inputs): v = x Wᵀ.", projection_transposed("v_proj")),
+    # --- GPT-NeoX
+    Mistake("qkv-thirds", NEOX, "The rows of query_key_value are cut into thirds for q, k and v.",
+            "Cut the rows by heads first, then each head's 3 D rows into q, k and v.", qkv_thirds),
+    Mistake("qkv-order", NEOX, "q, k and v of each head are taken in another order.",
+            "Each head's 3 D rows are q, then k, then v.", qkv_order),
+    Mistake("no-qkv-bias", NEOX, "The bias of query_key_value is not added.",
+            "Add query_key_value.bias, unless attention_bias is false.", no_qkv_bias),
+    Mistake("one-norm", NEOX, "Attention and MLP share one LayerNorm.",
+            "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", one_norm),
+    Mistake("norms-swapped", NEOX, "The two LayerNorms of a block have changed places.",
+            "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", norms_swapped),
+    Mistake("sequential-residual", NEOX, "The MLP reads attention's result where it should read the block's input.",
+            "use_parallel_residual true (the default): x + attn(ln_1(x)) + mlp(ln_2(x)).", residual(False)),
+    Mistake("parallel-residual", NEOX, "The MLP reads the block's input where it should read attention's result.",
+            "use_parallel_residual false: a = x + attn(ln_1(x)), then a + mlp(ln_2(a)).", residual(True)),
+    Mistake("rotary-all-dims", NEOX, "All D dims of each head are rotated.",
+            "Rotate the first R = int(D * rotary_pct) dims; the others pass through.", rotary_all_dims),
+    Mistake("rotary-neighbours", NEOX, "The rotation pairs neighbouring dims (2i, 2i + 1), as GPT-J does.",
+            "Pair dims i and i + R/2.", with_rotate(neighbours)),
+    Mistake("rotary-last-dims", NEOX, "The last R dims of each head are rotated.",
+            "Rotate the first R dims.", with_rotate(last_dims)),
+    Mistake("rotary-q-only", NEOX, "Only one of q and k is rotated.", "Rotate q and k.", rotary_q_only),
+    Mistake("rotary-opposite-sign", NEOX, "The rotation turns in the other direction.",
+            "(a, b) becomes (a cos - b sin, b cos + a sin).", rotary_opposite_sign),
+    Mistake("rotary-base", NEOX, "The rotation has another base than config.json names.",
+            "Read rotary_emb_base (rope_theta); it is 10000 in EleutherAI's models.", rotary_base),
+    Mistake("rotary-denominator", NEOX, "The frequencies are base^(-2i/D).",
+            "They are base^(-2i/R): the denominator is the number of rotated dims.", rotary_denominator),
+    Mistake("rotary-bfloat16", NEOX, "Angles or tables of the rotation are rounded to bfloat16.",
+            "Compute positions, frequencies, angles, sines and cosines in float32.", rotary_bfloat16, rounds=True),
+    Mistake("no-rotary", NEOX, "q and k are not rotated.",
+            "Rotate the first R dims of q and k by their positions.", with_rotate(lambda x, cos, sin: x)),
+    Mistake("no-scale", NEOX, "Attention scores are not divided by sqrt(D).",
+            "Multiply the scores by D^-0.5.", no_scale),
+    Mistake("scale-by-width", NEOX, "Attention scores are divided by sqrt(C).",
+            "Divide by sqrt(D), D the width of one head.", scale_by_width),
+    Mistake("head-tied", NEOX, "The embedding is used as the head.",
+            "embed_out.weight is a matrix of its own, unless tie_word_embeddings is true.", head_tied),
+]
+BY_ID = {mistake.id: mistake for mistake in MISTAKES}
+
+
+def variants(model):
+    """Yield (mistake, patches) for every way to make every mistake of this model's family.
+
+    Within planted(...) they come on top of what is planted there."""
+    for mistake in MISTAKES:
+        if mistake.family in (None, model.config.model_type):
+            for patches in mistake.plant(model):
+                if patches:
+                    yield mistake, patches
