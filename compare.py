@@ -48,11 +48,13 @@ from safetensors.torch import save_file
 
 from attention import choose_backend
 from base import PreTrainedModel
+from diagnose import diagnose, make_ids, told_apart, trace
 from files import error_line, plain
 from load_weights import (NAMES, AutoModelForCausalLM, official_names, our_name, read_config,
                           read_tensors)
 from neo import GPTNeoConfig
 from neox import GPTNeoXConfig
+from vectors import check_vectors, table, write_junit, write_vectors
 
 CONFIGS = {"gpt_neo": GPTNeoConfig, "gpt_neox": GPTNeoXConfig}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,19 +65,6 @@ LONGEST = 2**20                                            # more tokens would t
 # ------------------------------------------------------------------------------------------------
 # What goes in
 # ------------------------------------------------------------------------------------------------
-
-def make_ids(seed, B, T, vocab_size):
-    """Arbitrary ids (B, T), by a linear congruential generator that any language can repeat.
-
-    x <- (1664525 x + 1013904223) mod 2^32, starting from the seed; each x gives floor(x V / 2^32).
-    They fill column after column, so that a shorter text is the beginning of a longer one.
-    """
-    x, ids = seed, []
-    for _ in range(B * T):
-        x = (1664525 * x + 1013904223) % 2**32
-        ids.append(x * vocab_size >> 32)
-    return torch.tensor(ids, dtype=torch.long).view(T, B).T
-
 
 def config_of(name, revision=None):
     """The config of a checkpoint, without its weights."""
@@ -107,37 +96,6 @@ def row_names(config):
     kinds = [everywhere if w is None else f" (local, window {w})" for w in config.windows]
     blocks = [f"block {i}{kind}" for i, kind in enumerate(kinds)]
     return ["embeddings", *blocks, "final norm", "logits"]
-
-
-def parts(model):
-    """(blocks, final norm) of a model of ours or of transformers'."""
-    if hasattr(model, "gpt_neox"):
-        return model.gpt_neox.layers, model.gpt_neox.final_layer_norm
-    inner = model.transformer
-    return inner.blocks if hasattr(inner, "blocks") else inner.h, inner.ln_f
-
-
-@torch.no_grad()
-def trace(model, ids):
-    """What flows through a model: [into block 0, out of each block, out of the norm, logits].
-
-    Hooks, since output_hidden_states leaves out what the last block returns before the final norm.
-    """
-    seen = []
-
-    def enters(module, args):
-        seen.append(args[0])
-
-    def leaves(module, args, out):
-        seen.append(out[0] if isinstance(out, tuple) else out)
-
-    blocks, norm = parts(model)
-    hooks = [blocks[0].register_forward_pre_hook(enters),
-             *(module.register_forward_hook(leaves) for module in [*blocks, norm])]
-    logits = model(ids).logits
-    for hook in hooks:
-        hook.remove()
-    return [*seen, logits]
 
 
 def gradients(model, ids, table):
@@ -325,7 +283,7 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
     With theirs, a port's file is judged by our model; without, our model by transformers'.
     """
     config = config_of(name, revision)
-    table = NAMES[config.model_type]
+    names = NAMES[config.model_type]
     lengths = lengths or default_lengths(config)
     inputs = [make_ids(seed, batch, T, config.vocab_size) for T in lengths]
     if theirs:
@@ -335,15 +293,15 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
     model = load_ours(name, revision, dtype, backend)
     dtype = model.dtype
     try:
-        ours, our_grads = run(model, inputs, table, with_gradients)
+        ours, our_grads = run(model, inputs, names, with_gradients)
     except ValueError as error:                            # ids that this model cannot read
         raise ValueError(f"{theirs}: {error}" if theirs else str(error)) from None
-    del model                                              # one model in memory at a time
     if theirs:
         xs, references, reference = [saved], ours, f"{Path(theirs).name}, ours as reference"
     else:
+        del model                                          # one model in memory at a time
         model, reference = load_transformers(name, revision, dtype)
-        xs, (references, grads) = ours, run(model, inputs, table, with_gradients)
+        xs, (references, grads) = ours, run(model, inputs, names, with_gradients)
 
     backend = choose_backend(backend)
     limits = tolerances(dtype, backend == "naive" and not theirs)
@@ -358,7 +316,28 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
               "rows_saved_by_port": bool(theirs), "gradients": None}
     if with_gradients:
         report["gradients"] = compare_gradients(our_grads, grads, limits[1])
-    return report | verdict(report, config)
+    report |= verdict(report, config)
+    if theirs:
+        report |= name_mistakes(report, model, inputs[0], saved, config)
+    return report
+
+
+def name_mistakes(report, model, ids, saved, config):
+    """The part of the report that says which known mistakes give a port's own numbers.
+
+    mistakes: empty where the port is right and where none fits.  alternatives: whether each of them by
+    itself would give these numbers, and not all of them together.  told_apart_at: the length of a text
+    that would tell alternatives apart, from `--ids --lengths N`.
+    """
+    found = []
+    if not report["same"] and model.dtype == torch.float32:
+        found = diagnose(model, ids, saved, report["tolerance"], progress=sys.stderr.isatty())
+    longest = min(config.position_limit or 2048, 2048)
+    longer = (make_ids(0, 1, T, config.vocab_size) for T in (16, 64, 256, 520, longest) if T <= longest)
+    text = told_apart(model, found, longer) if len(found) > 1 else None
+    return {"mistakes": [{"id": mistake.id, "relative": f.relative, "sentence": mistake.sentence,
+                          "fix": mistake.fix} for f in found for mistake in f.mistakes],
+            "alternatives": len(found) > 1, "told_apart_at": None if text is None else text.size(1)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -508,7 +487,22 @@ def summary(report):
     position = report["first_position"]
     since = "" if position is None else f" from position {position} on,"
     return (f"DIFFERENT: {line}\nfirst difference: {report['first_difference']},{since} at lengths "
-            f"{listed(report['at_lengths'])}\nlook at: {report['hint']}")
+            f"{listed(report['at_lengths'])}\n" + "\n".join(advice(report)))
+
+
+def advice(report):
+    """Lines: the mistake by its name where one gives the port's own numbers, else where to look."""
+    if not report.get("mistakes"):
+        if report["rows_saved_by_port"]:
+            yield "none of the known mistakes gives these numbers"
+        yield f"look at: {report['hint']}"
+        return
+    for mistake in report["mistakes"]:
+        yield f"mistake: {mistake['id']}: {mistake['sentence']}"
+        yield f"  in its place: {mistake['fix']}"
+    if report["alternatives"]:
+        N = report["told_apart_at"]
+        yield "these ids cannot tell them apart" + (f"; those of --ids --lengths {N} can" if N else "")
 
 
 def markdown(report):
@@ -572,7 +566,7 @@ def arguments(argv=None):
         description="Compare every layer of a checkpoint with transformers' eager attention, or "
                     "with what a port saved. Exit status: 0 the same, 1 different, 2 bad input.")
     add = parser.add_argument
-    add("model", help="folder or hub id")
+    add("model", nargs="?", help="folder or hub id")
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     add("--dtype", default="float32", metavar="NAME",
         help="float32 (default), bfloat16, float16, auto (the checkpoint's)")
@@ -590,6 +584,11 @@ def arguments(argv=None):
     add("--ids", action="store_true", help="only print ids of the longest length as JSON")
     add("--save-ours", metavar="FILE",
         help="only save our results at the longest length, as --theirs reads them")
+    add("--vectors", metavar="DIR",
+        help="only write test vectors for ports in any language: checkpoints and right answers")
+    add("--check-vectors", nargs=2, metavar=("DIR", "ANSWERS"),
+        help="only judge a port's answers to the test vectors in DIR")
+    add("--junit", metavar="FILE", help="the verdicts of --check-vectors as JUnit XML")
     add("--json", metavar="FILE", help="the report as JSON; - is standard output")
     add("--plot", metavar="FILE.png", help="relative difference by layer")
     add("--markdown", action="store_true", help="a row of a Markdown table on standard output")
@@ -602,6 +601,10 @@ def arguments(argv=None):
 
 def unusable(args):
     """What is wrong with the arguments taken together, found before any work is done."""
+    if bool(args.model) == bool(args.vectors or args.check_vectors):
+        return "give a model, or --vectors DIR, or --check-vectors DIR ANSWERS"
+    if args.junit and not args.check_vectors:
+        return "--junit belongs to --check-vectors"
     given = args.gradients or args.lengths or args.batch != 1 or args.backend != "naive"
     if args.theirs and given:
         return ("--theirs takes lengths and batch from the file, is judged by naive attention, and "
@@ -614,7 +617,7 @@ def unusable(args):
         return f"--tolerance must be a number of at least 0, not {args.tolerance}"
     if args.plot and find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install matplotlib"
-    for path in filter(None, (args.json, args.plot, args.save_ours)):
+    for path in filter(None, (args.json, args.plot, args.save_ours, args.junit)):
         if not Path(path).absolute().parent.is_dir():
             return f"no folder {Path(path).parent} to write {Path(path).name} into"
         if Path(path).is_dir():
@@ -637,10 +640,24 @@ def write_report(report, json_path=None, plot_path=None, as_markdown=False):
         print(markdown(report))
 
 
+def judge_vectors(folder, answers, junit_path=None):
+    """Print the table of --check-vectors.  Exit status: 0 all passed, 1 not."""
+    verdicts, mistakes = check_vectors(folder, answers)
+    print(table(verdicts, mistakes))
+    if junit_path:
+        write_junit(verdicts, mistakes, junit_path)
+    return 0 if all(v.passed for v in verdicts) else 1
+
+
 def main(argv=None):
     """Exit status: 0 the same, 1 different, 2 with one line on what is wrong."""
     args = arguments(argv)
     try:
+        if args.vectors:
+            write_vectors(args.vectors)
+            return 0
+        if args.check_vectors:
+            return judge_vectors(*args.check_vectors, args.junit)
         if args.ids or args.save_ours:                     # one length, and nothing is compared
             config = config_of(args.model, args.revision)
             longest = (args.lengths or default_lengths(config))[-1]

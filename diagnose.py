@@ -15,7 +15,7 @@ same ids, and see whether the numbers that come out are the port's.
 A mistake is never named because it comes near: what it leaves must be rounding.
 
     B batch · T tokens · C width · V vocabulary · L layers
-    rows: what flows through a model, as compare.trace has it: what goes into block 0, what comes out of
+    rows: what flows through a model, as `trace` has it: what goes into block 0, what comes out of
     each block, out of the final norm, and the logits; L + 3 tensors (B, T, C), the last (B, T, V)
 """
 
@@ -65,6 +65,54 @@ class Stop(Exception):
 
 
 # ------------------------------------------------------------------------------------------------
+# What goes into a model, and what flows through it
+# ------------------------------------------------------------------------------------------------
+
+def make_ids(seed, B, T, vocab_size):
+    """Arbitrary ids (B, T), by a linear congruential generator that any language can repeat.
+
+    x <- (1664525 x + 1013904223) mod 2^32, starting from the seed; each x gives floor(x V / 2^32).
+    They fill column after column, so that a shorter text is the beginning of a longer one.
+    """
+    x, ids = seed, []
+    for _ in range(B * T):
+        x = (1664525 * x + 1013904223) % 2**32
+        ids.append(x * vocab_size >> 32)
+    return torch.tensor(ids, dtype=torch.long).view(T, B).T
+
+
+def parts(model):
+    """(blocks, final norm) of a model of ours or of transformers'."""
+    if hasattr(model, "gpt_neox"):
+        return model.gpt_neox.layers, model.gpt_neox.final_layer_norm
+    inner = model.transformer
+    return inner.blocks if hasattr(inner, "blocks") else inner.h, inner.ln_f
+
+
+@torch.no_grad()
+def trace(model, ids):
+    """What flows through a model: [into block 0, out of each block, out of the norm, logits].
+
+    Hooks, since output_hidden_states leaves out what the last block returns before the final norm.
+    """
+    seen = []
+
+    def enters(module, args):
+        seen.append(args[0])
+
+    def leaves(module, args, out):
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    blocks, norm = parts(model)
+    hooks = [blocks[0].register_forward_pre_hook(enters),
+             *(module.register_forward_hook(leaves) for module in [*blocks, norm])]
+    logits = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return [*seen, logits]
+
+
+# ------------------------------------------------------------------------------------------------
 # Running our model with patches
 # ------------------------------------------------------------------------------------------------
 
@@ -103,9 +151,12 @@ def run(model, ids, patches, see, start=0, x=None):
 
 
 def off(x, reference):
-    """|x - reference| / |reference| at each position (B, T), and over all; where x is NaN it says nothing."""
+    """|x - reference| / |reference| at each position (B, T), and over all.  One position of a text may be
+    NaN in x, where it says nothing."""
     x, reference = x.double(), reference.double()
-    silent = x.isnan().all(-1)
+    silent = x.isnan().all(-1)                             # (B, T): what a shifted row has no number for
+    if silent.sum() > len(x):
+        return torch.full(x.shape[:2], math.inf), math.inf
     gap = (x - reference).norm(dim=-1).masked_fill(silent, 0.0)            # (B, T)
     size = reference.norm(dim=-1).masked_fill(silent, 0.0)
     whole = gap.norm() / size.norm() if size.any() else gap.norm() * math.inf if gap.any() else gap.norm()
@@ -273,7 +324,8 @@ def pairs(search, chosen, base, state, rows, singles):
                 return
             if second.id > first.id and second.id in known:
                 rounds = any(m.rounds for m in (*chosen, first, second))
-                outcome = search.trial(patches + top, start, rows[start], length, state.row, rounds)
+                part = None if any(m.whole_text for m in (*chosen, first, second)) else length
+                outcome = search.trial(patches + top, start, rows[start], part, state.row, rounds)
                 if outcome.row > state.row:
                     whole, _ = search.whole(patches + top, rounds)
                     if whole.place > state.place:

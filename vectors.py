@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from compare import make_ids, read_tensors, trace
-from diagnose import diagnose
-from load_weights import AutoModelForCausalLM, AutoTokenizer
+from diagnose import diagnose, make_ids, trace
+from load_weights import AutoModelForCausalLM, AutoTokenizer, read_tensors
 from neo import GPTNeoConfig, GPTNeoForCausalLM
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -313,7 +312,7 @@ def table(verdicts, mistakes):
     return "\n".join([*lines, "", f"{len(verdicts) - wrong} passed, {wrong} failed"])
 
 
-def junit(verdicts, mistakes, path):
+def write_junit(verdicts, mistakes, path):
     """The verdicts as JUnit XML, which every CI shows."""
     wrong = sum(not v.passed for v in verdicts)
     suite = ElementTree.Element("testsuite", name="test vectors", tests=str(len(verdicts)), failures=str(wrong))
