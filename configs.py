@@ -5,8 +5,8 @@
     GPTNeoXRules      the same for GPT-NeoX
 
 transformers 5.23.0 decides what a file means (configuration_utils.py, configuration_gpt_neo.py,
-configuration_gpt_neox.py); what it would refuse, or pass over although it names another model, is refused
-here with the field's name.
+configuration_gpt_neox.py).  What it would refuse, or ignore although it names another model, is
+refused here with the field's name.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from files import shown
 from load_weights import read_config
 
 
-MOST_LAYERS = 1000                                         # a model of more would take minutes to build
-LARGEST_SIZE = 2**28                                       # the product of two still counts a tensor's bytes
+MOST_LAYERS = 1000                  # models of more could take minutes to build
+LARGEST_SIZE = 2**28                # so that a tensor of two such sizes still has a size in bytes
 
 
 class Config:
@@ -36,9 +36,14 @@ class Config:
         """Give fields that are None the value that this stands for."""
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, revision=None):
-        """From the config.json of a checkpoint: a folder, or a hub id.  Errors are read_config's."""
-        raw = read_config(name_or_folder, revision)
+    def from_pretrained(cls, name_or_folder, revision=None, **hub):
+        """From the config.json of a checkpoint: a folder, or a hub id.
+
+        hub: cache_dir, local_files_only and token, as huggingface_hub takes them.
+        Raises OSError where there is no such file, and ValueError, which names the file and the
+        field, for a value that is not supported.
+        """
+        raw = read_config(name_or_folder, revision, **hub)
         try:
             return cls.from_dict(raw)
         except ValueError as error:
@@ -53,17 +58,17 @@ class Config:
         """
         raw = dict(raw)
         if raw.get("model_type", cls.model_type) != cls.model_type:
-            raise ValueError(f"config field 'model_type' is {shown(raw['model_type'])}; {cls.__name__} reads "
-                             f"{cls.model_type!r}")
+            raise ValueError(f"config field 'model_type' is {shown(raw['model_type'])}; "
+                             f"{cls.__name__} reads {cls.model_type!r}")
         refuse_other_models(raw)
         raw = cls.respelled(raw)
-        return cls(**{name: value for name, value in raw.items() if name in cls.__dataclass_fields__})
+        return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
 
     def to_dict(self):
         """The contents of a config.json that transformers reads, 4 and 5.
 
-        Labels stand as transformers writes them: id2label and its inverse, no num_labels, and nothing at
-        all for the two labels that nobody has named.
+        Labels are written as transformers writes them: id2label and its inverse, without
+        num_labels, and neither where the labels are the two that nobody has named.
         """
         fields = dataclasses.asdict(self)
         del fields["num_labels"]
@@ -81,13 +86,14 @@ def refuse(field, value, supported):
 
 
 # Fields that transformers obeys in any config, though neither family has them: pruning, other masks
-# (masking_utils.py), caches that forget (cache_utils.py), settings of single layers, cross-attention.
-ABSENT = ("pruned_heads", "per_layer_config", "sliding_window", "attention_chunk_size", "layer_types",
-          "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
+# (masking_utils.py), caches that forget (cache_utils.py), single layers' settings, cross-attention.
+ABSENT = ("pruned_heads", "per_layer_config", "sliding_window", "attention_chunk_size",
+          "layer_types", "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
 
-# Fields that change what transformers' forward pass does or returns, with the values that change nothing here.
+# Fields that change what transformers' forward pass does or returns, with the values that are
+# supported: those that leave it as it is.
 USUAL = {"is_causal": (True, None), "use_cache": (True, False), "is_decoder": (True, False),
-         "return_dict": (True, None), "output_hidden_states": (False, None),
+         "return_dict": (True,), "output_hidden_states": (False, None),
          "output_attentions": (False, None)}
 
 
@@ -96,14 +102,16 @@ def refuse_other_models(raw):
     quantized = raw.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ValueError(f"config field 'quantization_config': the weights were quantized by {shown(method)}, "
-                         "which this project does not read; take the checkpoint that they were made from")
+        raise ValueError(f"config field 'quantization_config': the weights were quantized by "
+                         f"{shown(method)}, which this project does not read; take the checkpoint "
+                         "that they were made from")
     for name in ABSENT:
         if raw.get(name):
             refuse(name, raw[name], "null")
     for name, usual in USUAL.items():
         if name in raw and not any(raw[name] is value for value in usual):
-            refuse(name, raw[name], " or ".join("null" if v is None else str(v).lower() for v in usual))
+            names = ("null" if value is None else str(value).lower() for value in usual)
+            refuse(name, raw[name], " or ".join(names))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -118,11 +126,12 @@ class GPTNeoRules(Config):
     @staticmethod
     def respelled(raw):
         """num_hidden_layers and num_attention_heads are other names; layers may be written out."""
-        for name, alias in (("num_layers", "num_hidden_layers"), ("num_heads", "num_attention_heads")):
+        aliases = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+        for name, alias in aliases.items():
             if alias in raw:
                 if name in raw and raw[name] != raw[alias]:
                     raise ValueError(f"config fields {name!r} ({shown(raw[name])}) and {alias!r} "
-                                     f"({shown(raw[alias])}) contradict each other: they mean the same")
+                                     f"({shown(raw[alias])}) contradict each other")
                 raw[name] = raw[alias]
         written_out = raw.get("attention_layers")
         if raw.get("attention_types") is None:
@@ -134,6 +143,13 @@ class GPTNeoRules(Config):
                              f"'attention_types' ({shown(raw['attention_types'])})")
         return raw
 
+    @classmethod
+    def from_dict(cls, raw):
+        config = super().from_dict(raw)
+        if "attention_layers" in raw and raw["attention_layers"] is None:
+            refuse("attention_layers", None, "a list of global and local, or no such field")
+        return config
+
     def fill_in(self):
         if self.intermediate_size is None and type(self.hidden_size) is int:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
@@ -141,8 +157,8 @@ class GPTNeoRules(Config):
     def check(self):
         """Raise ValueError, naming the field, for settings that fit no model."""
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
-                             f"'num_heads' ({self.num_heads})")
+            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple "
+                             f"of 'num_heads' ({self.num_heads})")
         if self.activation_function not in ACTIVATIONS:
             refuse("activation_function", self.activation_function, ", ".join(ACTIVATIONS))
         kinds = self.attention_layers
@@ -164,8 +180,8 @@ class GPTNeoRules(Config):
 
 def expanded(attention_types):
     """attention_types written out: [[["global", "local"], 2]] -> global, local, global, local."""
-    problem = ValueError("config field 'attention_types' must be pairs of a list of kinds and a number, as "
-                         f"[[['global', 'local'], 12]], got {shown(attention_types)}")
+    problem = ValueError("config field 'attention_types' must be pairs of a list of kinds and a "
+                         f"number, as [[['global', 'local'], 12]], got {shown(attention_types)}")
     try:
         if sum(len(kinds) * times for kinds, times in attention_types) > MOST_LAYERS:
             raise problem
@@ -187,13 +203,15 @@ class GPTNeoXRules(Config):
     def respelled(raw):
         """The rotation in three spellings, as configuration_gpt_neox.py reads them.
 
-        transformers 5 writes a dict rope_parameters; a dict rope_scaling goes before it.  What neither says,
-        rotary_emb_base and rotary_pct say.  4.57 wrote rope_theta and partial_rotary_factor beside those;
-        the reference passes over these two, so they must not say anything else.
+        transformers 5 writes a dict rope_parameters, and reads a dict rope_scaling in its place
+        where there is one.  What the dict lacks is read from rotary_emb_base and rotary_pct.  4.57
+        wrote the same two values as rope_theta and partial_rotary_factor once more; transformers 5
+        ignores these, so other values in them are refused.
         """
         for name in ("rope_scaling", "rope_parameters"):
             if raw.get(name) is not None and not isinstance(raw[name], dict):
-                raise ValueError(f"config field {name!r} must be an object or null, got {shown(raw[name])}")
+                raise ValueError(f"config field {name!r} must be an object or null, "
+                                 f"got {shown(raw[name])}")
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
@@ -202,8 +220,9 @@ class GPTNeoXRules(Config):
                                       ("rotary_emb_base", "rope_theta", 10000.0)):
             value = rope.get(newer, raw.get(field, default))
             if raw.get(newer) not in (None, value):
-                raise ValueError(f"config field {newer!r} is {shown(raw[newer])}, which transformers does not "
-                                 f"read in a gpt_neox config, while {shown(value)} holds: write {field!r}")
+                raise ValueError(f"config field {newer!r} is {shown(raw[newer])}, which "
+                                 f"transformers ignores in a gpt_neox config; it uses {shown(value)}: "
+                                 f"set {field!r}")
             raw[field] = value
         if raw.get("head_dim") not in (None, head_width(raw)):
             refuse("head_dim", raw["head_dim"], "hidden_size / num_attention_heads")
@@ -212,15 +231,16 @@ class GPTNeoXRules(Config):
     def check(self):
         """Raise ValueError, naming the field, for settings that fit no model."""
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple of "
-                             f"'num_attention_heads' ({self.num_attention_heads})")
+            raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple "
+                             f"of 'num_attention_heads' ({self.num_attention_heads})")
         if self.hidden_act not in ACTIVATIONS:
             refuse("hidden_act", self.hidden_act, ", ".join(ACTIVATIONS))
         if not math.isfinite(self.rotary_pct):
             refuse("rotary_pct", self.rotary_pct, "above 0, up to 1")
         if not 0 < self.rotary_pct <= 1 or self.rotary_ndims % 2 or self.rotary_ndims == 0:
-            raise ValueError(f"config field 'rotary_pct' ({self.rotary_pct}) makes {self.rotary_ndims} "
-                             f"of {self.head_dim} dims rotate; supported: an even number from 2")
+            raise ValueError(f"config field 'rotary_pct' ({self.rotary_pct}) makes "
+                             f"{self.rotary_ndims} of {self.head_dim} dims rotate; "
+                             "supported: an even number from 2")
         if not 0 < self.rotary_emb_base < math.inf:
             refuse("rotary_emb_base", self.rotary_emb_base, "a number above 0")
 
@@ -243,7 +263,7 @@ def check_fields(config):
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = [typing.get_origin(kind) or kind for kind in kinds]
         if float in kinds and not field.name.startswith(("layer_norm", "initializer")):
-            kinds.append(int)                              # where transformers takes integers as well
+            kinds.append(int)                   # where transformers takes integers as well
         if type(value) not in kinds:                       # so that True is no int
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise ValueError(f"config field {field.name!r} must be {names}, got {shown(value)}")
@@ -253,7 +273,8 @@ def check_fields(config):
                              f"got {shown(value)}")
         if field.name == "eos_token_id" and isinstance(value, list):
             if any(type(token) is not int for token in value):
-                raise ValueError(f"config field 'eos_token_id' must hold integers, got {shown(value)}")
+                raise ValueError("config field 'eos_token_id' must hold integers, "
+                                 f"got {shown(value)}")
         if field.name in config.DROPOUTS and not 0 <= value <= 1:
             raise ValueError(f"config field {field.name!r} must be from 0 to 1, got {shown(value)}")
 
@@ -267,8 +288,9 @@ def unnamed(count):
 
 
 def settle_labels(config):
-    """Let num_labels be the length of id2label where that is given, and 2 where neither is; labels that
-    nobody has named get the reference's names.
+    """Set num_labels to the length of id2label, or to 2 where neither is given.
+
+    Labels without names get the names that transformers gives them.
 
     JSON has made strings of id2label's ids.  Raises ValueError where the two contradict each other.
     """
@@ -279,16 +301,18 @@ def settle_labels(config):
         except ValueError:
             names = {}
         if not names or sorted(names) != list(range(len(names))):
-            raise ValueError("config field 'id2label' must name the ids 0, 1, ... without a gap, got "
-                             f"{shown(config.id2label)}")
+            raise ValueError("config field 'id2label' must name the ids 0, 1, ... without a gap, "
+                             f"got {shown(config.id2label)}")
         if count not in (None, len(names)) and names != unnamed(len(names)):
-            raise ValueError(f"config field 'num_labels' is {shown(count)}, but 'id2label' names {len(names)}")
+            raise ValueError(f"config field 'num_labels' is {shown(count)}, but 'id2label' names "
+                             f"{len(names)}")
     if count is None:
         count = len(names) if names else 2
     if count < 1:
         raise ValueError(f"config field 'num_labels' must be at least 1, got {shown(count)}")
     object.__setattr__(config, "num_labels", count)
-    object.__setattr__(config, "id2label", names if names and len(names) == count else unnamed(count))
+    names = names if names and len(names) == count else unnamed(count)
+    object.__setattr__(config, "id2label", names)
     if config.problem_type not in (None, *PROBLEM_TYPES):
         raise ValueError(f"config field 'problem_type' is {shown(config.problem_type)}; "
                          f"supported: {', '.join(PROBLEM_TYPES)}")

@@ -32,7 +32,7 @@ MORE_ROPE = dict(
 SIZES = dict(num_layers=(ABSENT, None, 2, 4), num_hidden_layers=(ABSENT, None, 2, 4), num_heads=(ABSENT, None, 2, 4),
              num_attention_heads=(ABSENT, None, 2, 4))
 LAYERS = dict(attention_types=(ABSENT, None, [[["global", "local"], 1]], [[["local"], 2]], [[["global"], 1]]),
-              attention_layers=(ABSENT, ["global", "local"], ["local", "local"], ["global"]),
+              attention_layers=(ABSENT, None, ["global", "local"], ["local", "local"], ["global"]),
               num_layers=(ABSENT, 2, 1), num_hidden_layers=(ABSENT, 2))
 
 
