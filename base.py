@@ -5,6 +5,8 @@ Nothing here tells GPT-Neo from GPT-NeoX; what does is in neo.py and neox.py.
     B batch · T new tokens · S tokens in view (cached + new) · C width · V vocabulary
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from attention import choose_backend
 from fast.linear import WEIGHT_FIRST, Instead, is_few
@@ -226,6 +229,7 @@ class PreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.reference_arithmetic = None                   # see `exact`
+        self.gradient_checkpointing = None                 # how, or None for not at all
         self.generation_config = GenerationConfig()
         self.attn_implementation = attn_implementation
         choose_backend(attn_implementation)                # an unknown name fails here, not later
@@ -278,10 +282,69 @@ class PreTrainedModel(nn.Module):
 
     def run(self, part, x, **how):
         """part(x, **how): a block or the output head.  fast/step.py puts its own in this one's place."""
+        if self.gradient_checkpointing and self.training and how.get("cache") is None:
+            return checkpoint(functools.partial(part, **how), x, **self.gradient_checkpointing)
         if is_few(x) and not self.exact:
             with Instead(WEIGHT_FIRST):
                 return part(x, **how)
         return part(x, **how)
+
+    @property
+    def base_model(self):
+        """The model without its head: itself, or the one inside."""
+        return getattr(self, "transformer", self)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """In training, keep of each block its input alone and compute the rest again in the backward pass.
+
+        gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint, by default
+        {"use_reentrant": False}.  A forward pass with a cache is not checkpointed.
+        """
+        self.base_model.gradient_checkpointing = gradient_checkpointing_kwargs or {"use_reentrant": False}
+
+    def gradient_checkpointing_disable(self):
+        """Keep everything that the backward pass needs, as is the default."""
+        self.base_model.gradient_checkpointing = None
+
+    @property
+    def is_gradient_checkpointing(self):
+        return self.base_model.gradient_checkpointing is not None
+
+    def get_input_embeddings(self):
+        return self.base_model.embed
+
+    def get_output_embeddings(self):
+        """The layer from hidden states to logits of tokens, or None where there is none."""
+        return getattr(self, "lm_head", None)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None):
+        """Let the vocabulary have new_num_tokens ids, rounded up to the multiple; returns the embedding.
+
+        New rows of the embedding, and of a head of its own, are the mean of the old rows, so that no
+        new token stands out (transformers adds a noise of 1e-9 of the variance); fewer ids cut rows off.
+        config.vocab_size follows.  Raises ValueError for a size below 1.
+        """
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        size += -size % (pad_to_multiple_of or 1)
+        if size < 1:
+            raise ValueError(f"the vocabulary must have at least 1 token, got {size}")
+        embed, head = self.get_input_embeddings(), self.get_output_embeddings()
+        tied = head is not None and head.weight is embed.weight
+        resize_rows(embed, "weight", size)
+        embed.num_embeddings = size
+        if embed.padding_idx is not None and embed.padding_idx >= size:
+            embed.padding_idx = None
+        if head is not None:
+            for name in ("weight", "bias"):
+                resize_rows(head, name, size)
+            if tied:
+                head.weight = embed.weight
+            head.out_features = size
+        config = dataclasses.replace(self.config, vocab_size=size)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config = config
+        return embed
 
     @property
     def device(self):
@@ -302,3 +365,14 @@ class PreTrainedModel(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def resize_rows(layer, name, size):
+    """Give a layer's parameter `size` rows: the old ones, then their mean.  None stays None."""
+    old = getattr(layer, name)
+    if old is None or len(old) == size:
+        return
+    kept = old.detach()[:size]
+    mean = old.detach().to(torch.promote_types(old.dtype, torch.float32)).mean(0).to(old.dtype)
+    new = torch.cat([kept, mean.expand(size - len(kept), *mean.shape)])
+    setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))

@@ -160,28 +160,29 @@ class GPTNeoModel(PreTrainedModel):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.init_weights()
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None,
-                output_hidden_states=False, output_attentions=False):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None,
+                output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with last_hidden_state (B, T, C).
 
         attention_mask (B, S): 1 for real tokens, 0 for padding, the cached ones included.
         position_ids (B, T) or (1, T): by default counted on from the cache, whatever the mask says
         (as in transformers' forward; generate passes positions that skip left padding).
         cache: a KVCache, which this call extends by T tokens.
+        inputs_embeds (B, T, C): what the token embedding would return, in place of input_ids.
         Raises ValueError for ids, positions, masks or lengths outside the model's range.
         """
         past = 0 if cache is None else cache.length
-        check_inputs(input_ids, position_ids, self.config, past)
-        B, T = input_ids.shape
+        B, T = check_inputs(input_ids, position_ids, self.config, past, inputs_embeds)
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds       # (B, T, C)
         if cache is not None:
             cache.check(B, T)
         if position_ids is None:
-            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]
+            position_ids = torch.arange(past, past + T, device=x.device)[None]
         how = {"key_mask": key_mask_of(attention_mask, B, past + T), "cache": cache,
                "backend": choose_backend(self.attn_implementation, output_attentions),
                "return_weights": output_attentions}
 
-        x = self.dropout(self.embed(input_ids) + self.pos_embed(position_ids))      # (B, T, C)
+        x = self.dropout(x + self.pos_embed(position_ids))
         hidden_states, attentions = [], []
         for block in self.blocks:
             if output_hidden_states:                     # if nobody asked, memory can be freed
@@ -213,8 +214,8 @@ class GPTNeoForCausalLM(PreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.embed.weight
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, cache=None,
-                logits_to_keep=0, output_hidden_states=False, output_attentions=False):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, cache=None,
+                logits_to_keep=0, output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with logits (B, T, V), and loss if labels are given.
 
         labels (B, T): token ids, -100 where not to be scored; the shift by one happens inside.
@@ -222,7 +223,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
         The rest is GPTNeoModel.forward's.
         """
         out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,
-                               output_attentions)
+                               output_attentions, inputs_embeds)
         x, out.last_hidden_state = out.last_hidden_state, None
         out.logits = self.run(self.lm_head, x[:, -logits_to_keep:])                 # 0 keeps all
         if labels is not None:

@@ -185,24 +185,25 @@ class GPTNeoXModel(PreTrainedModel):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.init_weights()
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None,
-                output_hidden_states=False, output_attentions=False):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None,
+                output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with last_hidden_state (B, T, C).
 
         attention_mask (B, S): 1 for real tokens, 0 for padding, the cached ones included.
         position_ids (B, T) or (1, T): by default counted on from the cache, whatever the mask says
         (as in transformers' forward; generate passes positions that skip left padding).
         cache: a KVCache, which this call extends by T tokens.
+        inputs_embeds (B, T, C): what the token embedding would return, in place of input_ids.
         Raises ValueError for ids, positions, masks or lengths outside the model's range.
         """
         past = 0 if cache is None else cache.length
-        check_inputs(input_ids, position_ids, self.config, past)
-        B, T = input_ids.shape
+        B, T = check_inputs(input_ids, position_ids, self.config, past, inputs_embeds)
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds       # (B, T, C)
         if cache is not None:
             cache.check(B, T)
         if position_ids is None:
-            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]
-        x = self.dropout(self.embed(input_ids))                                     # (B, T, C)
+            position_ids = torch.arange(past, past + T, device=x.device)[None]
+        x = self.dropout(x)
         cos, sin = rotary_tables(position_ids, self.config.rotary_ndims,
                                  self.config.rotary_emb_base, x.dtype)
         how = {"key_mask": key_mask_of(attention_mask, B, past + T), "cache": cache,
@@ -240,8 +241,8 @@ class GPTNeoXForCausalLM(PreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.embed.weight
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, cache=None,
-                logits_to_keep=0, output_hidden_states=False, output_attentions=False):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, cache=None,
+                logits_to_keep=0, output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with logits (B, T, V), and loss if labels are given.
 
         labels (B, T): token ids, -100 where not to be scored; the shift by one happens inside.
@@ -249,7 +250,7 @@ class GPTNeoXForCausalLM(PreTrainedModel):
         The rest is GPTNeoXModel.forward's.
         """
         out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,
-                               output_attentions)
+                               output_attentions, inputs_embeds)
         x, out.last_hidden_state = out.last_hidden_state, None
         out.logits = self.run(self.lm_head, x[:, -logits_to_keep:])                 # 0 keeps all
         if labels is not None:

@@ -34,10 +34,9 @@ class Head(PreTrainedModel):
     def outputs(config):
         return config.num_labels
 
-    def hidden_states(self, input_ids, attention_mask, position_ids, output_hidden_states, output_attentions):
+    def hidden_states(self, input_ids, attention_mask, position_ids, **how):
         """The backbone's output, and the hidden states (B, T, C) taken out of it."""
-        out = self.transformer(input_ids, attention_mask, position_ids,
-                               output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        out = self.transformer(input_ids, attention_mask, position_ids, **how)
         x, out.last_hidden_state = out.last_hidden_state, None
         return out, x
 
@@ -45,8 +44,8 @@ class Head(PreTrainedModel):
 class ForSequenceClassification(Head):
     head, bias = "score", False
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None,
-                output_hidden_states=False, output_attentions=False):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
+                output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with logits (B, N), and loss if labels are given.
 
         labels by config.problem_type: (B,) class ids for single_label_classification, (B, N) of 0.0 and
@@ -54,27 +53,29 @@ class ForSequenceClassification(Head):
         means regression, integer labels a single class, others several.
         Raises ValueError for more than one row without config.pad_token_id, which tells where rows end.
         """
-        out, x = self.hidden_states(input_ids, attention_mask, position_ids, output_hidden_states,
-                                    output_attentions)
+        out, x = self.hidden_states(input_ids, attention_mask, position_ids,
+                                    output_hidden_states=output_hidden_states,
+                                    output_attentions=output_attentions, inputs_embeds=inputs_embeds)
         logits = self.score(x)                             # (B, T, N), as the reference: all, then one
-        out.logits = logits[torch.arange(len(x), device=x.device), self.last_token(input_ids)]
+        out.logits = logits[torch.arange(len(x), device=x.device), self.last_token(input_ids, x)]
         if labels is not None:
             out.loss = sequence_loss(out.logits, labels.to(x.device), self.config)
         return out
 
-    def last_token(self, input_ids):
+    def last_token(self, input_ids, x):
         """Index of each row's rightmost token that is not padding, on whichever side that is.  -> (B,)
 
+        x (B, T, C); without ids, when inputs_embeds were given, each row's last token, as the reference.
         Padding is known by its id, not by the mask: where pad and eos are one token, an eos at the end of
         the text counts as padding too (transformers since 4.49, pull request 35911).
         """
         pad = self.config.pad_token_id
-        B, T = input_ids.shape
+        B, T, _ = x.shape
         if pad is None and B > 1:
             raise ValueError(f"{B} texts at once need to know which token is padding: load the model with "
                              "from_pretrained(..., pad_token_id=...)")
-        if pad is None:
-            return torch.full((B,), T - 1, device=input_ids.device)
+        if pad is None or input_ids is None:
+            return torch.full((B,), T - 1, device=x.device)
         places = torch.arange(T, device=input_ids.device)
         return (places * (input_ids != pad)).argmax(-1)    # nothing but padding: 0
 
@@ -87,14 +88,15 @@ class ForTokenClassification(Head):
         super().__init__(config, attn_implementation)
         self.dropout = nn.Dropout(config.classifier_dropout)
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None,
-                output_hidden_states=False, output_attentions=False):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
+                output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with logits (B, T, N), and loss if labels are given.
 
         labels (B, T): class ids of these very tokens (nothing is shifted), -100 where not to be scored.
         """
-        out, x = self.hidden_states(input_ids, attention_mask, position_ids, output_hidden_states,
-                                    output_attentions)
+        out, x = self.hidden_states(input_ids, attention_mask, position_ids,
+                                    output_hidden_states=output_hidden_states,
+                                    output_attentions=output_attentions, inputs_embeds=inputs_embeds)
         out.logits = self.classifier(self.dropout(x))
         if labels is not None:
             logits = out.logits.float() if self.upcast_loss else out.logits
@@ -109,16 +111,17 @@ class ForQuestionAnswering(Head):
     def outputs(config):
         return 2                                           # start and end, whatever num_labels says
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, start_positions=None,
-                end_positions=None, output_hidden_states=False, output_attentions=False):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, start_positions=None,
+                end_positions=None, output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with start_logits and end_logits, each (B, T).
 
         start_positions, end_positions (B,) or (B, 1): indices of tokens; with both given, loss is the mean
         of the two cross entropies.  One beyond the text (>= T, as when the text was cut) is left out of it,
         a negative one counts as 0.
         """
-        out, x = self.hidden_states(input_ids, attention_mask, position_ids, output_hidden_states,
-                                    output_attentions)
+        out, x = self.hidden_states(input_ids, attention_mask, position_ids,
+                                    output_hidden_states=output_hidden_states,
+                                    output_attentions=output_attentions, inputs_embeds=inputs_embeds)
         out.start_logits, out.end_logits = (part.contiguous() for part in self.qa_outputs(x).unbind(-1))
         if start_positions is not None and end_positions is not None:
             out.loss = (position_loss(out.start_logits, start_positions, "start_positions")

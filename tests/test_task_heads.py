@@ -145,9 +145,9 @@ def test_where_a_text_ends(case):
     """Padding is known by its id: an eos that is also the pad is skipped, alone it is the last token."""
     ids = torch.tensor([[5, 6, 7, PAD, PAD], [PAD, PAD, 5, 6, 7], [5, PAD, 6, 7, 8], [PAD] * 5])
     model = ours(case, TASKS[0], head_folder(case, TASKS[0]))
-    assert model.last_token(ids).tolist() == [2, 4, 4, 0]
+    assert model.last_token(ids, torch.zeros(4, 5, 1)).tolist() == [2, 4, 4, 0]
     alone = ours(case, TASKS[0], head_folder(case, TASKS[0], pad_token_id=None))
-    assert alone.config.pad_token_id is None and alone.last_token(ids[:1]).tolist() == [4]
+    assert alone.config.pad_token_id is None and alone.last_token(ids[:1], torch.zeros(1, 5, 1)).tolist() == [4]
     assert torch.equal(alone(ids[:1]).logits, theirs(case, TASKS[0], head_folder(case, TASKS[0], pad_token_id=None))(ids[:1]).logits)
     with pytest.raises(ValueError, match="2 texts at once need to know which token is padding.*pad_token_id"):
         alone(ids[:2])

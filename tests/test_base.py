@@ -1,0 +1,115 @@
+"""What users of transformers expect of a model and its output."""
+
+import pytest
+import torch
+import transformers
+
+from helpers import ours, random_case, reference, relative
+from load_weights import NAMES, our_name
+
+CASES = [random_case(seed) for seed in (0, 4, 5, 7)]        # two of each family, tied and untied heads
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.family}-{c.seed}")
+
+
+@every_case
+def test_outputs_are_mappings_and_tuples(case):
+    """Names, positions and order are those of transformers' ModelOutput, its cache left out."""
+    how = dict(labels=case.ids, output_hidden_states=True, output_attentions=True)
+    with torch.no_grad():
+        expected = reference(case)(case.ids, use_cache=False, **how)
+        found = ours(case)(case.ids, **how)
+    assert list(found) == list(expected.keys()) == list(found.keys()) and len(found) == len(expected)
+    assert "loss" in found and "start_logits" not in found and found.get("start_logits") is None
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected["logits"])
+    assert torch.equal(found["logits"], found.logits) and dict(**found)["loss"] is found.loss
+    loss, logits = found[:2]
+    assert loss is found.loss and logits is found.to_tuple()[1] and found[-1] is found.attentions
+    alone = ours(case)(case.ids)
+    assert torch.equal(alone[0], alone.logits) and len(alone) == 1
+    with pytest.raises(KeyError, match="loss: this output has logits"):
+        alone["loss"]
+
+
+@every_case
+def test_inputs_embeds(case):
+    """The embeddings of ids are as good as the ids, and others give what they give in the reference."""
+    model, theirs = ours(case), reference(case)
+    embeds = model.get_input_embeddings()(case.ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(case.ids).logits)
+    with torch.no_grad():
+        expected = theirs(inputs_embeds=embeds.flip(-1), labels=case.ids)
+        found = model(inputs_embeds=embeds.flip(-1), labels=case.ids)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    for wrong, words in ((dict(input_ids=case.ids, inputs_embeds=embeds), "exclude each other"),
+                         (dict(inputs_embeds=embeds[..., 1:]), "inputs_embeds must have shape"),
+                         (dict(inputs_embeds=embeds[:, :0]), "is empty"), (dict(), "input_ids must be a tensor")):
+        with pytest.raises(ValueError, match=words):
+            model(**wrong)
+
+
+@pytest.mark.parametrize("how", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+@every_case
+def test_gradient_checkpointing(case, how):
+    """Each block is computed twice; the gradients are the same bits, dropout included, and the reference's."""
+    model = ours(case)
+    model.transformer.dropout.p = 0.1
+    for block in model.transformer.blocks:
+        block.dropout.p = 0.1
+    calls, grads = [], []
+    model.transformer.blocks[0].register_forward_pre_hook(lambda *args: calls.append(1))
+    for checkpointing in (False, True):
+        (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)(
+            *([how] if checkpointing else []))
+        assert model.is_gradient_checkpointing == checkpointing
+        torch.manual_seed(0)
+        model.train().zero_grad()
+        calls.clear()
+        model(case.ids, labels=case.ids).loss.backward()
+        assert len(calls) == 1 + checkpointing
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    calls.clear()
+    model.eval()(case.ids, labels=case.ids).loss.backward()
+    assert len(calls) == 1                                 # in training alone
+
+
+@every_case
+def test_gradients_of_checkpointing_are_the_reference_s(case):
+    theirs, model = reference(case), ours(case).train()
+    model.gradient_checkpointing_enable()
+    theirs(case.ids, labels=case.ids).loss.backward()
+    model(case.ids, labels=case.ids).loss.backward()
+    found = dict(model.named_parameters())
+    for name, p in theirs.named_parameters():
+        assert torch.equal(found[our_name(name, NAMES[case.family])].grad, p.grad), name
+    theirs.zero_grad()
+
+
+@pytest.mark.parametrize("size, multiple, expected", [(104, None, 104), (101, 64, 128), (50, None, 50), (None, 8, 104)])
+@every_case
+def test_resize_token_embeddings(case, size, multiple, expected, tmp_path):
+    """Old ids keep their rows, new ones get the mean; the config follows, and transformers loads what is saved."""
+    model, before = ours(case), ours(case)
+    old = before.get_input_embeddings().weight
+    tied = model.lm_head.weight is model.transformer.embed.weight
+    assert model.resize_token_embeddings(size, multiple) is model.get_input_embeddings()
+    assert model.config.vocab_size == model.transformer.config.vocab_size == expected
+    assert (model.lm_head.weight is model.transformer.embed.weight) == tied
+    assert model.get_output_embeddings() is model.lm_head and model.lm_head.weight.shape[0] == expected
+    new, kept = model.get_input_embeddings().weight, min(97, expected)
+    assert new.shape[0] == expected and new.requires_grad and torch.equal(new[:kept], old[:kept])
+    assert torch.allclose(new[kept:], old.mean(0).expand(expected - kept, -1), atol=1e-6)
+    ids = case.ids % 50
+    assert relative(model(ids).logits[..., :50], before(ids).logits[..., :50]) < 1e-6
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert theirs.config.vocab_size == expected
+    with torch.no_grad():
+        highest = torch.full_like(ids, expected - 1)
+        assert torch.equal(model(highest).logits, theirs(highest).logits)
+        assert torch.equal(type(model).from_pretrained(tmp_path, attn_implementation="naive")(highest).logits,
+                           model(highest).logits)
+    with pytest.raises(ValueError, match=f"0 to {expected - 1}"):
+        model(torch.full_like(ids, expected))
+    with pytest.raises(ValueError, match="at least 1 token"):
+        model.resize_token_embeddings(0)
