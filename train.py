@@ -150,7 +150,7 @@ class Run:
         """Train until the last step, or until Ctrl-C puts something into `stopping` somewhere."""
         began, first = time.time() - self.seconds, rank() == 0
         if processes() > 1:                                 # the same weights, gradients averaged
-            self.replica = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.replica = DistributedDataParallel(self.model)
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=not first)
         metrics = self.folder / "metrics.jsonl" if first else os.devnull
         metrics = open(metrics, "w", encoding="utf-8")
@@ -509,6 +509,7 @@ def main(argv=None):
             join_processes()
         status = run_or_resume(sys.argv[1:] if argv is None else argv)
         if processes() > 1:
+            dist.barrier()                                  # process 0 may still be writing
             dist.destroy_process_group()
         return status
     except SharedError as error:
