@@ -1,5 +1,6 @@
 # make demo       text from the bundled GPT-Neo checkpoint
 # make finetune   both bundled checkpoints learn comedy from history from tragedy, and read on in Macbeth
+# make port       the port in C is built, answers the test vectors, and is judged
 # make test       the quick whole of the tests
 # make test-all   everything, the long grids too
 # make test-cpus  the quick whole once for each kind of processor that can be imitated here
@@ -10,7 +11,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo finetune test test-all test-cpus notebooks clean
+.PHONY: demo finetune port test test-all test-cpus notebooks clean
 
 # What imitates other processors: torch's own kernels, the BLAS of numpy (which multiplies in Triton's
 # interpreter) and of torch, oneDNN; and other numbers of threads.
@@ -24,6 +25,13 @@ demo: .venv/run
 
 finetune: .venv/test .venv/texts
 	.venv/bin/python training/finetune_shakespeare.py .venv/texts .venv/finetune
+
+port: .venv/run
+	@rm -rf .venv/port && mkdir .venv/port
+	$(CC) -std=c11 -O2 -Wall -Wextra -o .venv/port/port examples/port.c -lm
+	.venv/bin/python compare.py --vectors .venv/port/vectors
+	.venv/port/port .venv/port/vectors .venv/port/answers
+	@.venv/bin/python compare.py --check-vectors .venv/port/vectors .venv/port/answers
 
 test: .venv/test
 	.venv/bin/python -m pytest -n auto -m "not slow and not official"

@@ -3,17 +3,19 @@
     python compare.py --vectors DIR                        writes them
     python compare.py --check-vectors DIR ANSWERS          judges what a port answered
 
-DIR needs neither Python nor a network: checkpoints in the official format, ids, logits and hidden states
-as .npy and .safetensors, greedy continuations and tokenizer cases as JSON, and a README that says how to
-read and judge them.  The weights are wide random numbers and the shapes are odd, so that no mistake hides:
-three heads of width 12, a window that divides no length, rotary positions on a part of a head and on all,
-both forms of the residual, tied and untied heads, vocabularies with padded rows.
+DIR needs neither Python nor a network: checkpoints in the official format, ids, logits and hidden
+states as .npy and .safetensors, greedy continuations and tokenizer cases as JSON, and a README that
+says how to read and judge them.  The weights are wide random numbers and the shapes are odd, so that
+no mistake hides: heads of width 12, a window that divides no length, rotary positions on a part of a
+head and on all of it, both forms of the residual, tied and untied heads, and vocabularies with more
+rows than tokens.  examples/port.c is a port that answers them; docs/checking-a-port.md tells how.
 
-    T tokens · C width · V vocabulary · L layers
+    T tokens · C width · V vocabulary (rows) · L layers
 """
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -25,30 +27,43 @@ import torch
 from safetensors.torch import save_file
 
 from diagnose import diagnose, make_ids, trace
+from files import error_line, plain, read_json
 from load_weights import AutoModelForCausalLM, AutoTokenizer, read_tensors
 from neo import GPTNeoConfig, GPTNeoForCausalLM
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
-T, PROMPT, NEW = 31, 9, 20                                 # tokens of the ids, of the prompt, and new ones
+T, PROMPT, NEW = 31, 9, 20                 # tokens of the ids, of the prompt, and new ones
+TOKENS, ROWS = 101, 104                    # ids that a tokenizer would give, and the vocabulary's rows
+FIRST_SEED = 7                             # with it the likeliest id is never ahead by a hair
 TOLERANCE = 1e-5
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 
-NEO = dict(vocab_size=101, max_position_embeddings=64, hidden_size=36, num_heads=3, num_layers=3,
-           intermediate_size=100, window_size=7, bos_token_id=0, eos_token_id=None)
-NEOX = dict(vocab_size=101, max_position_embeddings=64, hidden_size=36, num_attention_heads=3,
-            num_hidden_layers=3, intermediate_size=100, bos_token_id=0, eos_token_id=None)
+SHARED = dict(vocab_size=ROWS, max_position_embeddings=64, intermediate_size=100, bos_token_id=0,
+              eos_token_id=None)
+NEO = SHARED | dict(num_layers=3, window_size=7)
+NEOX = SHARED | dict(num_hidden_layers=3)
 CASES = {
-    "neo-global-first": GPTNeoConfig(**NEO, attention_types=[[["global", "local", "global"], 1]]),
-    "neo-local-first": GPTNeoConfig(**NEO | dict(num_heads=4, hidden_size=48), tie_word_embeddings=False,
-                                    attention_types=[[["local", "global", "local"], 1]]),
-    "neox-parallel": GPTNeoXConfig(**NEOX, rotary_pct=0.5),
-    "neox-parallel-tanh": GPTNeoXConfig(**NEOX | dict(num_attention_heads=4, hidden_size=48), rotary_pct=1 / 3,
-                                        hidden_act="gelu_fast", tie_word_embeddings=True),
-    "neox-sequential": GPTNeoXConfig(**NEOX, rotary_pct=1.0, rotary_emb_base=500, use_parallel_residual=False,
-                                     attention_bias=False),
+    "neo-global-first": GPTNeoConfig(
+        **NEO, hidden_size=36, num_heads=3,
+        attention_types=[[["global", "local", "global"], 1]]),
+    "neo-local-first": GPTNeoConfig(
+        **NEO, hidden_size=48, num_heads=4, tie_word_embeddings=False,
+        attention_types=[[["local", "global", "local"], 1]]),
+    "neox-parallel": GPTNeoXConfig(
+        **NEOX, hidden_size=36, num_attention_heads=3, rotary_pct=0.5),
+    "neox-parallel-tied": GPTNeoXConfig(
+        **NEOX, hidden_size=48, num_attention_heads=4, rotary_pct=1 / 3, hidden_act="gelu_fast",
+        tie_word_embeddings=True),
+    "neox-sequential": GPTNeoXConfig(
+        **NEOX, hidden_size=60, num_attention_heads=5, rotary_pct=1.0, rotary_emb_base=500,
+        use_parallel_residual=False, attention_bias=False),
+    "neox-sequential-biased": GPTNeoXConfig(
+        **NEOX, hidden_size=36, num_attention_heads=3, rotary_pct=0.5, rotary_emb_base=500,
+        use_parallel_residual=False, hidden_act="gelu_pytorch_tanh"),
 }
-TEXTS = ["HAMLET.", " to be, or not to be", "don't", "  two  spaces", "\n\n", "naïve café", "日本語", "🙂🙃", "x" * 40,
-         "<|endoftext|>", "a<|endoftext|>b", "1234567890", "tab\tand\r\nline", "", "e\u0301", "\u00a0", "…"]
+TEXTS = ["HAMLET.", " to be, or not to be", "don't", "  two  spaces", "\n\n", "naïve café", "日本語",
+         "🙂🙃", "x" * 40, "<|endoftext|>", "a<|endoftext|>b", "1234567890", "tab\tand\r\nline", "",
+         "e\u0301", "\u00a0", "…"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -56,13 +71,19 @@ TEXTS = ["HAMLET.", " to be, or not to be", "don't", "  two  spaces", "\n\n", "n
 # ------------------------------------------------------------------------------------------------
 
 def wide(model, seed):
-    """Matrices N(0, 0.2), biases away from 0, norm weights away from 1: nothing is neutral."""
+    """Matrices N(0, 0.2), biases away from 0, norm weights away from 1: nothing is neutral.
+
+    The rows of the vocabulary without a token are small, as in the official checkpoints, where
+    nothing has trained them; so they are never the likeliest.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             p.normal_(0, 0.2, generator=generator)
             if "ln_" in name and name.endswith("weight"):
                 p += 1
+            if len(p) == ROWS:
+                p[TOKENS:] *= 0.1
     return model.eval()
 
 
@@ -78,36 +99,45 @@ def answers(model, ids):
     return {"logits": logits} | {f"hidden_states.{i}": x for i, x in enumerate([*hidden, norm])}
 
 
+@torch.no_grad()
 def greedy(model, prompt):
-    """The continuation's ids, and the smallest lead of a chosen token over the second best."""
-    ids = model.generate(prompt, max_new_tokens=NEW, eos_token_id=None)
-    with torch.no_grad():
-        best = model(ids[:, :-1]).logits[:, prompt.size(1) - 1:].topk(2).values
-    return ids[0, prompt.size(1):].tolist(), (best[..., 0] - best[..., 1]).min().item()
+    """The likeliest ids that follow, everything computed anew for each, and the smallest lead of
+    one over the second best."""
+    ids, lead = prompt, float("inf")
+    for _ in range(NEW):
+        best = model(ids).logits[:, -1].topk(2)
+        lead = min(lead, (best.values[0, 0] - best.values[0, 1]).item())
+        ids = torch.cat([ids, best.indices[:, :1]], 1)
+    return ids[0, PROMPT:].tolist(), lead
 
 
 def write_case(folder, config, seed):
     """One checkpoint with its ids and answers."""
     model = random_model(config, seed)
     model.save_pretrained(folder)
-    ids = make_ids(seed, 1, T, config.vocab_size)
-    right, truth = answers(model, ids), answers(random_model(config, seed).double(), ids)
-    continuation, lead = greedy(model, ids[:, :PROMPT])
-    save_file({"input_ids": ids, **right}, folder / "answers.safetensors")
-    save_file({"input_ids": ids, **truth}, folder / "answers-float64.safetensors")
-    (folder / "npy").mkdir()
-    np.save(folder / "npy" / "input_ids.npy", ids[0].numpy())
-    for name, x in right.items():
-        np.save(folder / "npy" / f"{name}.npy", x[0].numpy())
-    write_json(folder / "greedy.json", {"prompt": ids[0, :PROMPT].tolist(), "continuation": continuation,
-                                        "smallest_lead": round(lead, 6)})
+    ids = make_ids(seed, 1, T, TOKENS)
+    for suffix in ("", "-float64"):
+        right = answers(model.double() if suffix else model, ids)
+        save_file({"input_ids": ids, **right}, folder / f"answers{suffix}.safetensors")
+        arrays = folder / f"npy{suffix}"
+        arrays.mkdir()
+        for name, x in {"input_ids": ids, **right}.items():
+            np.save(arrays / f"{name}.npy", x[0].numpy())
+    model = random_model(config, seed)
+    prompt = ids[:, :PROMPT]
+    continuation, lead = greedy(model, prompt)
+    cached = model.generate(prompt, max_new_tokens=NEW, do_sample=False)[0, PROMPT:].tolist()
+    write_json(folder / "greedy.json", {
+        "prompt": prompt[0].tolist(), "continuation": continuation, "cached_continuation": cached,
+        "smallest_lead": round(lead, 4)})
 
 
 def write_tokenizer(folder, name):
     """A bundled tokenizer's files, and texts with their ids."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / name)
     tokenizer.save_pretrained(folder)
-    write_json(folder / "cases.json", [{"text": text, "ids": tokenizer.encode(text)} for text in TEXTS])
+    cases = [{"text": text, "ids": tokenizer.encode(text)} for text in TEXTS]
+    write_json(folder / "cases.json", {"cases": cases})
 
 
 def write_json(path, content):
@@ -115,17 +145,21 @@ def write_json(path, content):
 
 
 def write_vectors(folder):
-    """Write the whole folder, or nothing.  The same bytes on every run on one machine."""
+    """Write the whole folder, or nothing.  The same bytes on every run on one machine.
+
+    Raises ValueError where the folder holds something, OSError where it cannot be written.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: give a folder that does not exist or is empty")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
     try:
-        for seed, (name, config) in enumerate(CASES.items(), start=1):
+        for seed, (name, config) in enumerate(CASES.items(), start=FIRST_SEED):
             write_case(part / name, config, seed)
-        for name in ("demo-neo", "demo-neox"):
-            write_tokenizer(part / f"tokenizer-{name}", name)
+        for name in TOKENIZERS:
+            write_tokenizer(part / name, name.removeprefix("tokenizer-"))
+        write_json(part / "vectors.json", ABOUT)
         (part / "README.md").write_text(README, encoding="utf-8")
         part.chmod(0o755)
         os.replace(part, folder)
@@ -133,49 +167,71 @@ def write_vectors(folder):
         shutil.rmtree(part, ignore_errors=True)
 
 
+TOKENIZERS = ["tokenizer-demo-neo", "tokenizer-demo-neox"]
+REASON = f"""|difference| / |right answer|, norms over the whole tensor in float64, must be at most
+  {TOLERANCE:g}. A float32 port that sums in another order is near 1e-6 (examples/port.c is at 1.0e-6). The mildest
+  known mistake, rotary tables in bfloat16, moves the logits of one of these cases by 2.5e-5. A tolerance of 1e-3
+  would let a wrong GELU pass."""
+ABOUT = {"format": 1, "cases": {name: {"tokens": TOKENS, "rows": ROWS} for name in CASES},
+         "tokenizers": TOKENIZERS,
+         "tolerances": {"tensors": {"relative": TOLERANCE, "reason": " ".join(REASON.split())},
+                        "ids": {"relative": 0, "reason": "smallest_lead in greedy.json is how far "
+                                "the likeliest id is ahead at the closest call: far above rounding"}}}
 README = f"""# Test vectors for GPT-Neo and GPT-NeoX
 
-Small random checkpoints in the official Hugging Face format, with the answers that a right implementation
-gives. They were written by `python compare.py --vectors DIR`; `python compare.py --check-vectors DIR ANSWERS`
-judges a port's answers and names its mistake.
+Small random checkpoints in the official Hugging Face format, with the answers that a right
+implementation gives. `python compare.py --vectors DIR` wrote them;
+`python compare.py --check-vectors DIR ANSWERS` judges a port's answers and names its mistake.
 
 ## What is here
 
 | file | what |
 |---|---|
-| `CASE/config.json`, `CASE/model.safetensors` | a checkpoint of {len(CASES)} kinds, float32, as on the hub |
+| `vectors.json` | the names of the {len(CASES)} cases and of the tokenizers, and the tolerances with their reasons |
+| `CASE/config.json`, `CASE/model.safetensors` | a checkpoint, float32, as on the hub |
 | `CASE/npy/input_ids.npy` | the ids, int64, ({T},) |
 | `CASE/npy/logits.npy` | the logits, float32, ({T}, V) |
 | `CASE/npy/hidden_states.I.npy` | float32, ({T}, C): I = 0 is the embeddings; I = 1 to L - 1 what block I - 1 returns; I = L what the final norm returns |
-| `CASE/answers.safetensors` | the same tensors in one file, with a batch dimension of 1 |
-| `CASE/answers-float64.safetensors` | the same, computed in float64: the truth |
-| `CASE/greedy.json` | {PROMPT} ids and the {NEW} likeliest that follow; `smallest_lead` is how far the likeliest is ahead at the closest call |
+| `CASE/npy-float64/` | the same, computed in float64: the truth (the angles of rotary positions stay float32, as in the reference) |
+| `CASE/answers.safetensors`, `CASE/answers-float64.safetensors` | the same tensors in one file each, with a batch dimension of 1 |
+| `CASE/greedy.json` | {PROMPT} ids (`prompt`), the {NEW} likeliest that follow, without a cache (`continuation`) and with one (`cached_continuation`); `smallest_lead` is how far the likeliest logit is ahead at the closest call |
 | `tokenizer-NAME/` | a tokenizer in the official format; `cases.json` holds texts and their ids |
 
-A `.npy` file is a header of text, whose length stands in bytes 8 and 9 (little-endian), and then the numbers.
-A `.safetensors` file is 8 bytes with the length of a JSON header, the header, and then the numbers.
+A `.npy` file is a header of text, whose length stands in bytes 8 and 9 (little-endian), and then the
+numbers. A `.safetensors` file is 8 bytes with the length of a JSON header (little-endian), the header, and then
+the numbers.
+
+Every vocabulary has V = {ROWS} rows for {TOKENS} tokens, since official checkpoints are padded too. The rows without
+a token belong to the logits. None of them is ever the likeliest, so it does not matter whether your port leaves them out
+when it chooses.
 
 ## What to answer
 
-Lay what your port computes into `ANSWERS/CASE/`: `logits.npy`; if you can, `hidden_states.I.npy`, which show
-where a mistake begins; `cached_logits.npy`, the same logits from decoding one token at a time with a cache; and
-`greedy.json` with the key `continuation`. For tokenizers, `ANSWERS/tokenizer-NAME/ids.json` is a list of lists.
-`answers.safetensors` may take the place of the `.npy` files. What is not there is not judged; the logits must be.
+Put what your port computes into `ANSWERS/CASE/`:
+
+| file | what |
+|---|---|
+| `logits.npy` | for the ids in `input_ids.npy`; the only one that must be there |
+| `hidden_states.I.npy` | they show where a mistake begins |
+| `cached_logits.npy` | the same logits, from decoding one token at a time with a cache |
+| `greedy.json` | an object with `continuation`, `cached_continuation` or both |
+| `ANSWERS/tokenizer-NAME/ids.json` | a list of lists: the ids of each text in `cases.json` |
+
+`answers.safetensors` may take the place of the `.npy` files. Optional answers that are not there are not judged;
+a name that is not in this list is reported as wrong, so that nothing is passed over.
 
 ## How to judge
 
-* Tensors: |difference| / |right answer|, norms over the whole tensor in float64, must be at most {TOLERANCE:g}. A right
-  float32 port is near 2e-7. The mildest mistake that we know of is at 1.7e-5. A tolerance of 1e-3 lets a
-  wrong GELU and a wrong rotation pass.
-* Ids: equal. The lead in `greedy.json` is far above rounding.
-* The checkpoints are meant to show everything: ids longer than four windows of 7, a window that divides no length,
-  biases that are not 0, norm weights that are not 1, {len(CASES)} combinations of settings. Read all settings from
-  config.json.
+* Tensors: {REASON}
+* Ids: equal.
+* The checkpoints are meant to show every mistake: ids longer than four windows of 7, a window that divides no
+  length, biases that are not 0, norm weights that are not 1, {len(CASES)} combinations of settings. Read all
+  settings from config.json.
 """
 
 
 # ------------------------------------------------------------------------------------------------
-# Judging
+# Reading what a port answered
 # ------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -187,81 +243,135 @@ class Verdict:
     said: str                              # a difference, or what is wrong
 
 
+def read_array(path):
+    """The tensor in a .npy file; ValueError where there is none."""
+    try:
+        with open(path, "rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
+            raise ValueError(f"its numbers are {array.dtype}, and float32 is expected")
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+    except (ValueError, OSError, EOFError, TypeError, MemoryError, OverflowError,
+            SyntaxError, RecursionError) as error:
+        raise ValueError(f"{plain(path, 1000)} cannot be read: {error_line(error)}") from None
+
+
 def read_answers(folder):
-    """{name: tensor without the batch dimension} of a port's folder."""
+    """{name: tensor without the batch dimension, or a sentence that says why there is none}."""
     found = {}
-    if (path := folder / "answers.safetensors").is_file():
-        found |= {name: x[0] if x.dim() == 3 else x for name, x in read_tensors(path)}
+    if (path := folder / "answers.safetensors").exists():
+        try:
+            found |= dict(read_tensors(path))
+        except (ValueError, OSError) as error:
+            found["answers.safetensors"] = f"{plain(path, 1000)}: {error_line(error)}"
     for path in sorted(folder.glob("*.npy")):
         try:
-            x = torch.from_numpy(np.array(np.load(path, allow_pickle=False)))
-        except (ValueError, OSError, EOFError, TypeError) as error:
-            raise ValueError(f"{path} is not a readable .npy file: {str(error).splitlines()[0]}") from None
-        found[path.stem] = x[0] if x.dim() == 3 and len(x) == 1 else x
-    return found
+            found[path.stem] = read_array(path)
+        except ValueError as error:
+            found[path.stem] = str(error)
+    return {name: x[0] if torch.is_tensor(x) and x.dim() > 1 and len(x) == 1 else x
+            for name, x in found.items()}
 
 
-def off(x, right):
-    """|x - right| / |right|, infinite where x has another shape or numbers that are not finite."""
-    if x.shape != right.shape or not x.isfinite().all():
-        return float("inf")
-    return ((x.double() - right.double()).norm() / right.double().norm()).item()
+def read_right(folder):
+    """(ids (T,), {name: tensor without the batch dimension}) of a case; ValueError if damaged."""
+    path = folder / "answers.safetensors"
+    right = {name: x[0] for name, x in read_tensors(path) if x.dim() > 1}
+    if not {"input_ids", "logits", "hidden_states.0"} <= right.keys():
+        raise ValueError(f"{path} is not whole: write the vectors anew")
+    return right.pop("input_ids"), right
 
 
-def judge_tensors(case, theirs, right):
-    """A Verdict for each tensor that the port has answered, logits in any case."""
-    names = [name for name in right if name in theirs or name == "logits"]
-    for name in [*names, *(["cached_logits"] if "cached_logits" in theirs else [])]:
-        expected = right[name.removeprefix("cached_")]
-        if name not in theirs:
-            yield Verdict(case, name, False, "not answered")
-        elif theirs[name].shape != expected.shape:
-            yield Verdict(case, name, False, f"shape {tuple(theirs[name].shape)}, expected {tuple(expected.shape)}")
+def read_field(path, name, kind=list):
+    """A field of a JSON file of the vectors; ValueError if damaged."""
+    value = read_json(path).get(name)
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} has no {name}: write the vectors anew")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------
+# Judging
+# ------------------------------------------------------------------------------------------------
+
+def compared(x, right):
+    """(passed, what there is to say) of one tensor of a port."""
+    if isinstance(x, str):
+        return False, x
+    if x.shape != right.shape:
+        return False, f"shape {tuple(x.shape)}, expected {tuple(right.shape)}"
+    if not x.is_floating_point():
+        return False, f"its numbers are {x.dtype}, and float32 is expected"
+    if not x.isfinite().all():
+        return False, "holds NaN or infinite numbers"
+    difference = ((x.double() - right.double()).norm() / right.double().norm()).item()
+    return difference <= TOLERANCE, f"{difference:.1e}"
+
+
+def judge_tensors(case, theirs, ids, right):
+    """A Verdict for each tensor that the port has answered, and for the logits in any case."""
+    expected = right | {"cached_logits": right["logits"]}
+    for name, x in {"logits": "not answered", **theirs}.items():
+        if name in expected:
+            yield Verdict(case, name, *compared(x, expected[name]))
+        elif name == "input_ids":                          # not asked for, but it may be there
+            same = torch.is_tensor(x) and x.shape == ids.shape and bool((x == ids).all())
+            yield Verdict(case, name, same, "equal" if same else "these are not the ids")
         else:
-            difference = off(theirs[name], expected)
-            yield Verdict(case, name, difference <= TOLERANCE, f"{difference:.1e}")
+            yield Verdict(case, name, False, x if isinstance(x, str) else "no answer has this name")
 
 
 def judge_ids(case, what, theirs, right):
-    """One Verdict for ids, which must be equal."""
-    if theirs == right:
+    """One Verdict for a list, which must be equal."""
+    if not isinstance(theirs, list):
+        return Verdict(case, what, False, "not a list")
+    pairs = enumerate(zip(theirs, right))
+    first = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(right)))
+    if first == len(theirs) == len(right):
         return Verdict(case, what, True, "equal")
-    first = next((i for i, (a, b) in enumerate(zip(theirs, right)) if a != b), min(len(theirs), len(right)))
-    return Verdict(case, what, False, f"differs from number {first} on")
+    said = [plain(json.dumps(x[first]), 60) if first < len(x) else "nothing" for x in (theirs, right)]
+    return Verdict(case, what, False, f"number {first} is {said[0]}, expected {said[1]}")
 
 
-def their_json(path):
-    """What a JSON file of a port holds; ValueError that names it where it is none."""
+def judge_greedy(case, folder, answered):
+    """A Verdict for each of the two continuations that the port has answered."""
+    right = {"continuation": "greedy", "cached_continuation": "cached greedy"}
+    if not (path := answered / "greedy.json").exists():
+        return
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from None
+        theirs = read_json(path)
+    except (ValueError, OSError) as error:
+        yield Verdict(case, "greedy", False, str(error))
+        return
+    if not right.keys() & theirs.keys():
+        yield Verdict(case, "greedy", False, f"{plain(path, 1000)} has no continuation")
+    for key, what in right.items():
+        if key in theirs:
+            yield judge_ids(case, what, theirs[key], read_field(folder / "greedy.json", key))
 
 
 def judge_case(folder, answered):
     """(verdicts, mistakes) of one checkpoint."""
-    case = folder.name
-    right = {name: x[0] for name, x in read_tensors(folder / "answers.safetensors")}
-    ids = right.pop("input_ids")
-    theirs = read_answers(answered) if answered.is_dir() else {}
-    verdicts = list(judge_tensors(case, theirs, right))
-    if (path := answered / "greedy.json").is_file():
-        given = their_json(path)
-        given = given.get("continuation") if isinstance(given, dict) else given
-        verdicts.append(judge_ids(case, "greedy", given if isinstance(given, list) else [],
-                                  their_json(folder / "greedy.json")["continuation"]))
-    wrong = [v for v in verdicts if not v.passed and v.what in theirs]
-    return verdicts, find_mistakes(folder, ids, theirs, right) if wrong else []
+    ids, right = read_right(folder)
+    theirs = read_answers(answered)
+    verdicts = [*judge_tensors(folder.name, theirs, ids, right),
+                *judge_greedy(folder.name, folder, answered)]
+    wrong = {v.what for v in verdicts if not v.passed}
+    if wrong & right.keys():
+        return verdicts, find_mistakes(folder, ids, theirs, right)
+    if "cached_logits" in wrong:                           # right without the cache: from logits alone
+        return verdicts, find_mistakes(folder, ids, {"logits": theirs["cached_logits"]}, right)
+    return verdicts, []
 
 
 def find_mistakes(folder, ids, theirs, right):
-    """What diagnose finds, where the answers have the right shapes."""
-    layers = len(right) - 2
-    fits = {name: x[None] for name, x in theirs.items()
-            if name in right and x.shape == right[name].shape and x.is_floating_point()}
+    """What diagnose finds, where the logits have the right shape."""
+    fits = {name: theirs[name][None].to(torch.promote_types(theirs[name].dtype, torch.float32))
+            for name, x in right.items() if torch.is_tensor(theirs.get(name))
+            and theirs[name].shape == x.shape and theirs[name].is_floating_point()}
     if "logits" not in fits:
         return []
-    hidden = [fits.get(f"hidden_states.{i}") for i in range(layers + 1)]
+    hidden = [fits.get(f"hidden_states.{i}") for i in range(len(right) - 1)]
     rows = [*hidden[:-1], None, hidden[-1], fits["logits"]]
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="naive")
     return diagnose(model, ids[None], rows, TOLERANCE)
@@ -269,28 +379,57 @@ def find_mistakes(folder, ids, theirs, right):
 
 def judge_tokenizer(folder, answered):
     """The Verdict of one tokenizer, if its ids were answered."""
-    path = answered / "ids.json"
-    if path.is_file():
-        right = [case["ids"] for case in their_json(folder / "cases.json")]
-        theirs = their_json(path)
-        yield judge_ids(folder.name, "ids", theirs if isinstance(theirs, list) else [], right)
+    if not (path := answered / "ids.json").exists():
+        return
+    right = [case.get("ids") if isinstance(case, dict) else None
+             for case in read_field(folder / "cases.json", "cases")]
+    if None in right:
+        raise ValueError(f"{folder / 'cases.json'} has a case without ids: write the vectors anew")
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        yield Verdict(folder.name, "ids", False, f"{plain(path, 1000)}: {error_line(error)}")
+        return
+    yield judge_ids(folder.name, "ids", theirs, right)
 
 
 def check_vectors(folder, answers_folder):
-    """-> (verdicts, {case: sets of mistakes that explain it})."""
+    """-> (verdicts, {case: sets of mistakes that explain it}).
+
+    Raises ValueError or OSError where the vectors are damaged or there is no folder of answers;
+    what is wrong with an answer is a Verdict.
+    """
     folder, answered = Path(folder), Path(answers_folder)
-    cases = sorted(path.parent for path in folder.glob("*/answers.safetensors"))
-    if not cases:
+    if not (folder / "vectors.json").is_file():
         raise ValueError(f"{folder} holds no test vectors: write them with --vectors {folder}")
     if not answered.is_dir():
         raise ValueError(f"no folder {answered} with a port's answers")
+    cases = read_field(folder / "vectors.json", "cases", dict)
+    tokenizers = read_field(folder / "vectors.json", "tokenizers")
     verdicts, mistakes = [], {}
-    for case in cases:
-        more, mistakes[case.name] = judge_case(case, answered / case.name)
+    for name in cases:
+        more, mistakes[name] = judge_case(folder / name, answered / name)
         verdicts += more
-    for path in sorted(folder.glob("tokenizer-*")):
-        verdicts += judge_tokenizer(path, answered / path.name)
+    for name in tokenizers:
+        verdicts += judge_tokenizer(folder / name, answered / name)
+    unknown = {path.name for path in answered.iterdir() if path.is_dir()} - {*cases, *tokenizers}
+    verdicts += [Verdict(name, "folder", False, f"{folder} has no case of this name")
+                 for name in sorted(unknown)]
     return verdicts, mistakes
+
+
+# ------------------------------------------------------------------------------------------------
+# What is shown
+# ------------------------------------------------------------------------------------------------
+
+def explained(found):
+    """Lines: the mistakes that explain a case, and whether more than one set of them does."""
+    for f in found:
+        for m in f.mistakes:
+            yield f"mistake: {m.id}: {m.sentence}"
+            yield f"  in its place: {m.fix}"
+    if len(found) > 1:
+        yield "(these ids cannot tell them apart)"
 
 
 def table(verdicts, mistakes):
@@ -298,15 +437,11 @@ def table(verdicts, mistakes):
     width = max(len(v.what) for v in verdicts)
     lines = []
     for case in dict.fromkeys(v.case for v in verdicts):
-        lines.append(case)
-        lines += [f"  {v.what:{width}}  {'ok   ' if v.passed else 'WRONG'}  {v.said}"
-                  for v in verdicts if v.case == case]
-        found = mistakes.get(case, [])
-        for f in found:
-            lines += [f"  mistake: {m.id}: {m.sentence} {m.fix}" for m in f.mistakes]
-        if len(found) > 1:
-            lines.append("  (these ids cannot tell them apart)")
-        if not found and any(not v.passed for v in verdicts if v.case == case and v.what != "ids"):
+        own = [v for v in verdicts if v.case == case]
+        lines.append(plain(case))
+        lines += [f"  {plain(v.what):{width}}  {'ok   ' if v.passed else 'WRONG'}  {v.said}" for v in own]
+        lines += [f"  {line}" for line in explained(mistakes.get(case, []))]
+        if case in mistakes and not mistakes[case] and not all(v.passed for v in own):
             lines.append("  none of the known mistakes gives these numbers")
     wrong = sum(not v.passed for v in verdicts)
     return "\n".join([*lines, "", f"{len(verdicts) - wrong} passed, {wrong} failed"])
@@ -315,11 +450,13 @@ def table(verdicts, mistakes):
 def write_junit(verdicts, mistakes, path):
     """The verdicts as JUnit XML, which every CI shows."""
     wrong = sum(not v.passed for v in verdicts)
-    suite = ElementTree.Element("testsuite", name="test vectors", tests=str(len(verdicts)), failures=str(wrong))
+    suite = ElementTree.Element("testsuite", name="test vectors", tests=str(len(verdicts)),
+                                failures=str(wrong), errors="0", skipped="0")
     for v in verdicts:
-        case = ElementTree.SubElement(suite, "testcase", classname=v.case, name=v.what)
+        case = ElementTree.SubElement(suite, "testcase", classname=plain(v.case), name=plain(v.what))
         if not v.passed:
-            named = [m.id for f in mistakes.get(v.case, []) for m in f.mistakes]
-            said = v.said + (f"; mistake: {', '.join(named)}" if named else "")
-            ElementTree.SubElement(case, "failure", message=said)
+            found = mistakes.get(v.case, [])
+            named = ", ".join(m.id for f in found for m in f.mistakes)
+            said = f"{v.said}; mistake: {named}" if named else v.said
+            ElementTree.SubElement(case, "failure", message=said).text = "\n".join(explained(found))
     ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

@@ -1,0 +1,505 @@
+/* GPT-Neo and GPT-NeoX in one file of C: a worked example of a port that test vectors check.
+
+       python compare.py --vectors vectors                  small checkpoints, and what is right
+       cc -O2 -o port examples/port.c -lm
+       ./port vectors answers                               what this file computes
+       python compare.py --check-vectors vectors answers    a table, and a mistake by its name
+
+   `make port` does all four.  The file needs a C11 compiler, a POSIX mkdir and a little-endian
+   machine with IEEE floats.  It is written to be read: it is not fast, and memory is never given
+   back, since a whole run takes a few megabytes.
+
+   Read it in this order: Model (what a checkpoint holds), `forward` (the way from ids to logits),
+   `block`, `project` and `attend` (where most mistakes are made), then the small functions above
+   them.  `answer_case` shows what a port answers.  The rest reads and writes files.
+
+       T  new tokens                   H  heads
+       S  tokens in view, S >= T       D  width of a head, C / H
+       C  width of the model           R  rotated dims of a head (GPT-NeoX)
+       V  vocabulary (rows)            W  window of a local layer (GPT-Neo)
+       I  inner width of the MLP       L  layers
+
+   A tensor (T, C) is an array of T * C floats, row after row. */
+
+#define _POSIX_C_SOURCE 200809L
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- What a checkpoint holds ---------------------------------------------------------------- */
+
+typedef struct {
+    const float *weight, *bias;         /* (out, in); (out), or NULL where there is none */
+    int in, out;
+} Linear;
+
+typedef struct {
+    const float *weight, *bias;         /* (C) each */
+} Norm;
+
+typedef struct {
+    Norm ln_1, ln_2;
+    Linear q, k, v;                     /* GPT-Neo: three matrices */
+    Linear qkv;                         /* GPT-NeoX: one, which holds [q k v] of each head */
+    Linear out, up, down;
+    int window;                         /* W, or 0: sees all that came before */
+    float *keys, *values;               /* the cache: (P, C) each, one row for each position */
+} Layer;
+
+typedef struct {
+    int neox, V, C, H, D, I, L, R, P;   /* P: positions, the most tokens of a text */
+    int parallel, exact_gelu;
+    float eps, rotary_base;
+    const float *embed, *pos_embed;     /* (V, C); (P, C), GPT-Neo only */
+    Norm ln_f;
+    Linear head;
+    Layer *layers;
+} Model;
+
+static void fail(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("port: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputs("\n", stderr);
+    va_end(arguments);
+    exit(1);
+}
+
+static void *take(size_t count, size_t size) {
+    void *memory = calloc(count ? count : 1, size);
+    if (!memory) fail("out of memory");
+    return memory;
+}
+
+static float *floats(size_t count) { return take(count, sizeof(float)); }
+
+/* ---- The model ------------------------------------------------------------------------------ */
+
+static void linear(const Linear *m, const float *x, float *y, int T) {     /* (T, in) -> (T, out) */
+    for (int t = 0; t < T; t++)
+        for (int o = 0; o < m->out; o++) {
+            float sum = m->bias ? m->bias[o] : 0;
+            for (int i = 0; i < m->in; i++) sum += x[t * m->in + i] * m->weight[o * m->in + i];
+            y[t * m->out + o] = sum;
+        }
+}
+
+static void norm(const Model *m, const Norm *n, const float *x, float *y, int T) {
+    int C = m->C;                                                          /* (T, C) -> (T, C) */
+    for (int t = 0; t < T; t++, x += C, y += C) {
+        float mean = 0, variance = 0;
+        for (int c = 0; c < C; c++) mean += x[c] / C;
+        for (int c = 0; c < C; c++) variance += (x[c] - mean) * (x[c] - mean) / C;
+        float scale = 1 / sqrtf(variance + m->eps);
+        for (int c = 0; c < C; c++) y[c] = (x[c] - mean) * scale * n->weight[c] + n->bias[c];
+    }
+}
+
+static float gelu(const Model *m, float x) {
+    if (m->exact_gelu) return 0.5f * x * (1 + erff(x * 0.70710678f));
+    return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+}
+
+/* Turn the first R dims of one head (D) by its position; pair i is dims (i, i + R/2). */
+static void rotate(const Model *m, float *x, int position) {
+    int half = m->R / 2;
+    for (int i = 0; i < half; i++) {
+        float angle = position / powf(m->rotary_base, 2.0f * i / m->R);
+        float a = x[i], b = x[i + half];
+        x[i] = a * cosf(angle) - b * sinf(angle);
+        x[i + half] = b * cosf(angle) + a * sinf(angle);
+    }
+}
+
+/* x (T, C) -> q (T, C); keys and values go into rows past ... past + T - 1 of the cache. */
+static void project(const Model *m, Layer *layer, const float *x, float *q, int T, int past) {
+    int C = m->C, D = m->D;
+    float *k = layer->keys + past * C, *v = layer->values + past * C;
+    if (!m->neox) {
+        linear(&layer->q, x, q, T), linear(&layer->k, x, k, T), linear(&layer->v, x, v, T);
+        return;
+    }
+    float *qkv = floats((size_t)T * 3 * C), *parts[3] = {q, k, v};
+    linear(&layer->qkv, x, qkv, T);
+    for (int t = 0; t < T; t++)
+        for (int h = 0; h < m->H; h++) {
+            for (int part = 0; part < 3; part++)       /* q, k, v: they lie side by side, head by head */
+                memcpy(parts[part] + t * C + h * D, qkv + t * 3 * C + h * 3 * D + part * D,
+                       D * sizeof(float));
+            rotate(m, q + t * C + h * D, past + t);
+            rotate(m, k + t * C + h * D, past + t);
+        }
+}
+
+/* q (T, C) and the cache -> y (T, C): the mean of the values, weighted by the softmax of q k. */
+static void attend(const Model *m, const Layer *layer, const float *q, float *y, int T, int past) {
+    int C = m->C, D = m->D;
+    float *weights = floats(past + T);
+    float scale = m->neox ? 1 / sqrtf(D) : 1;                   /* GPT-Neo was trained without it */
+    for (int t = 0; t < T; t++)
+        for (int h = 0; h < m->H; h++) {
+            int self = past + t, first = 0;
+            if (layer->window && self >= layer->window) first = self - layer->window + 1;
+            float largest = -INFINITY, sum = 0;
+            for (int s = first; s <= self; s++) {
+                float score = 0;
+                for (int d = 0; d < D; d++)
+                    score += q[t * C + h * D + d] * layer->keys[s * C + h * D + d];
+                weights[s] = score * scale;
+                largest = fmaxf(largest, weights[s]);
+            }
+            for (int s = first; s <= self; s++) sum += weights[s] = expf(weights[s] - largest);
+            for (int d = 0; d < D; d++) {
+                float mean = 0;
+                for (int s = first; s <= self; s++)
+                    mean += weights[s] / sum * layer->values[s * C + h * D + d];
+                y[t * C + h * D + d] = mean;
+            }
+        }
+}
+
+/* x (T, C), changed in place.  In parallel the MLP reads what the attention reads. */
+static void block(const Model *m, Layer *layer, float *x, int T, int past) {
+    int n = T * m->C;
+    float *h = floats(n), *q = floats(n), *y = floats(n), *a = floats(n);
+    float *inner = floats((size_t)T * m->I);
+    norm(m, &layer->ln_1, x, h, T);
+    project(m, layer, h, q, T, past);
+    attend(m, layer, q, y, T, past);
+    linear(&layer->out, y, a, T);
+    if (m->parallel) norm(m, &layer->ln_2, x, h, T);
+    for (int i = 0; i < n; i++) x[i] += a[i];
+    if (!m->parallel) norm(m, &layer->ln_2, x, h, T);
+    linear(&layer->up, h, inner, T);
+    for (int i = 0; i < T * m->I; i++) inner[i] = gelu(m, inner[i]);
+    linear(&layer->down, inner, a, T);
+    for (int i = 0; i < n; i++) x[i] += a[i];
+}
+
+/* ids (T) after `past` tokens that are in the cache -> logits (T, V).
+   hidden (L + 1, T, C), or NULL: what each block reads, and last what the final norm returns. */
+static void forward(Model *m, const int *ids, int T, int past, float *hidden, float *logits) {
+    int C = m->C, n = T * C;
+    if (past + T > m->P) fail("%d tokens are more than the %d positions", past + T, m->P);
+    float *x = floats(n), *normed = floats(n);
+    for (int t = 0; t < T; t++) {
+        if (ids[t] < 0 || ids[t] >= m->V) fail("id %d is not in the vocabulary", ids[t]);
+        for (int c = 0; c < C; c++) {
+            x[t * C + c] = m->embed[ids[t] * C + c];
+            if (!m->neox) x[t * C + c] += m->pos_embed[(past + t) * C + c];
+        }
+    }
+    for (int l = 0; l < m->L; l++) {
+        if (hidden) memcpy(hidden + l * n, x, n * sizeof(float));
+        block(m, &m->layers[l], x, T, past);
+    }
+    norm(m, &m->ln_f, x, normed, T);
+    if (hidden) memcpy(hidden + m->L * n, normed, n * sizeof(float));
+    linear(&m->head, normed, logits, T);
+}
+
+/* ids (T + count) has T ids at first; the likeliest that follow are put behind them. */
+static void greedy(Model *m, int *ids, int T, int count, int cached) {
+    float *logits = floats((size_t)(T + count) * m->V);
+    for (int end = T, done = 0; end < T + count; end++) {
+        forward(m, ids + done, end - done, done, NULL, logits);
+        const float *last = logits + (size_t)(end - done - 1) * m->V;
+        int best = 0;
+        for (int v = 1; v < m->V; v++)
+            if (last[v] > last[best]) best = v;
+        ids[end] = best;
+        if (cached) done = end;                        /* otherwise everything is computed anew */
+    }
+}
+
+/* ---- JSON ----------------------------------------------------------------------------------- */
+
+typedef struct Json {
+    char kind;                          /* { [ " 0 t f n: object, array, string, number, ... */
+    char *key, *text;                   /* its name in an object; what a string says */
+    double number;
+    struct Json *child, *next;          /* the first thing inside; the next one beside it */
+} Json;
+
+static char skip(const char **s) {
+    while (**s && strchr(" \t\r\n", **s)) ++*s;
+    return **s;
+}
+
+static char *parse_string(const char **s, const char *path) {
+    char *text = take(strlen(*s) + 1, 1), *end = text;
+    for (++*s; **s && **s != '"'; ++*s) {
+        if (**s == '\\' && *++*s == 'u') fail("%s: no name here needs a \\u", path);
+        *end++ = **s;
+        if (!**s) break;
+    }
+    if (*(*s)++ != '"') fail("%s: a string without an end", path);
+    return text;
+}
+
+static Json *parse(const char **s, const char *path) {
+    Json *value = take(1, sizeof *value), **last = &value->child;
+    char kind = value->kind = skip(s), *end;
+    if (kind == '"') {
+        value->text = parse_string(s, path);
+    } else if (kind == '{' || kind == '[') {
+        ++*s;
+        while (skip(s) != kind + 2) {                               /* ] and } are two after [ and { */
+            if (value->child && *(*s)++ != ',') fail("%s: a comma is missing", path);
+            char *key = kind == '{' && skip(s) == '"' ? parse_string(s, path) : NULL;
+            if (kind == '{' && (!key || skip(s) != ':' || !++*s)) fail("%s: a key is missing", path);
+            *last = parse(s, path);
+            (*last)->key = key;
+            last = &(*last)->next;
+        }
+        ++*s;
+    } else if (!strncmp(*s, "true", 4) || !strncmp(*s, "null", 4)) {
+        *s += 4;
+    } else if (!strncmp(*s, "false", 5)) {
+        *s += 5;
+    } else {
+        value->kind = '0';
+        value->number = strtod(*s, &end);
+        if (end == *s) fail("%s is not valid JSON", path);
+        *s = end;
+    }
+    return value;
+}
+
+static Json *find(const Json *object, const char *key) {
+    for (Json *child = object->child; child; child = child->next)
+        if (child->key && !strcmp(child->key, key)) return child;
+    return NULL;
+}
+
+static Json *get(const Json *object, const char *key, char kind) {
+    Json *value = find(object, key);
+    if (!value || value->kind != kind) fail("\"%s\" is missing, or of another kind", key);
+    return value;
+}
+
+static int whole(const Json *object, const char *key) { return (int)get(object, key, '0')->number; }
+static int yes(const Json *object, const char *key) { return find(object, key)->kind == 't'; }
+
+/* ---- Files ---------------------------------------------------------------------------------- */
+
+static char *name_of(const char *format, ...) {
+    va_list arguments;
+    char *name = take(4096, 1);
+    va_start(arguments, format);
+    if (vsnprintf(name, 4096, format, arguments) >= 4096) fail("%s... is too long a name", name);
+    va_end(arguments);
+    return name;
+}
+
+static char *read_file(const char *path, size_t *size) {            /* with a zero behind its end */
+    FILE *file = fopen(path, "rb");
+    if (!file || fseek(file, 0, SEEK_END)) fail("%s cannot be read", path);
+    *size = ftell(file);
+    rewind(file);
+    char *content = take(*size + 1, 1);
+    if (fread(content, 1, *size, file) != *size) fail("%s cannot be read", path);
+    fclose(file);
+    return content;
+}
+
+static Json *read_json(const char *path) {
+    size_t size;
+    const char *text = read_file(path, &size);
+    return parse(&text, path);
+}
+
+static int *read_ids(const char *path, int *T) {                    /* .npy of int64 -> (T) */
+    size_t size;
+    char *content = read_file(path, &size), *header = content + 10;
+    size_t begin = size < 10 ? size : 10 + (size_t)(unsigned char)content[8]
+                                      + 256 * (size_t)(unsigned char)content[9];
+    if (begin >= size || memcmp(content, "\x93NUMPY", 6) || !strstr(header, "'<i8'"))
+        fail("%s is not a .npy file of int64", path);
+    *T = (int)((size - begin) / 8);
+    int *ids = take(*T, sizeof(int));
+    for (int t = 0; t < *T; t++) {
+        int64_t id;
+        memcpy(&id, content + begin + 8 * t, 8);
+        ids[t] = (int)id;
+    }
+    return ids;
+}
+
+static void write_npy(const char *path, const float *x, int rows, int columns) {
+    FILE *file = fopen(path, "wb");
+    if (!file) fail("%s cannot be written", path);
+    char *about = name_of("{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d), }", rows, columns);
+    fwrite("\x93NUMPY\x01\x00\x76\x00", 1, 10, file);              /* 118 bytes: 128 with these 10 */
+    fprintf(file, "%-117s\n", about);
+    if (fwrite(x, sizeof(float), (size_t)rows * columns, file) != (size_t)rows * columns || fclose(file))
+        fail("%s cannot be written", path);
+}
+
+/* ---- A checkpoint --------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *path, *data;            /* the numbers of all tensors */
+    size_t size;
+    Json *header;                       /* {name: {dtype, shape, data_offsets}} */
+} Tensors;
+
+static Tensors open_tensors(const char *path) {
+    Tensors file = {.path = path};
+    char *content = read_file(path, &file.size);
+    uint64_t length = 0;
+    if (file.size > 8) memcpy(&length, content, 8);
+    if (length == 0 || length > file.size - 8) fail("%s is not a .safetensors file", path);
+    char *text = take(length + 1, 1);
+    const char *begin = memcpy(text, content + 8, length);
+    file.header = parse(&begin, path);
+    file.data = content + 8 + length;
+    file.size -= 8 + length;
+    return file;
+}
+
+/* The numbers of a tensor (rows, columns), or (rows) where columns is 0. */
+static const float *tensor(const Tensors *file, const char *name, int rows, int columns) {
+    Json *about = find(file->header, name);
+    if (!about) fail("%s has no %s", file->path, name);
+    Json *shape = get(about, "shape", '[')->child, *offsets = get(about, "data_offsets", '[')->child;
+    size_t count = (size_t)rows * (columns ? columns : 1), begin = (size_t)offsets->number;
+    if (strcmp(get(about, "dtype", '"')->text, "F32")) fail("%s is not float32", name);
+    if (!shape || shape->number != rows || (columns ? !shape->next || shape->next->number != columns : !!shape->next)
+        || offsets->next->number - begin != 4 * count || begin + 4 * count > file->size)
+        fail("%s: %s has another shape", file->path, name);
+    return memcpy(floats(count), file->data + begin, 4 * count);    /* copied: aligned in any file */
+}
+
+static Linear get_linear(const Tensors *file, const char *name, int in, int out, int bias) {
+    return (Linear){tensor(file, name_of("%s.weight", name), out, in),
+                    bias ? tensor(file, name_of("%s.bias", name), out, 0) : NULL, in, out};
+}
+
+static Norm get_norm(const Tensors *file, const char *name, int C) {
+    return (Norm){tensor(file, name_of("%s.weight", name), C, 0), tensor(file, name_of("%s.bias", name), C, 0)};
+}
+
+/* GPT-Neo's "attention_types" is [[kinds, repetitions], ...]. */
+static void set_windows(Model *m, const Json *config) {
+    int l = 0, W = whole(config, "window_size");
+    for (Json *pair = get(config, "attention_types", '[')->child; pair; pair = pair->next)
+        for (int n = (int)pair->child->next->number; n > 0; n--)
+            for (Json *kind = pair->child->child; kind && l < m->L; kind = kind->next)
+                m->layers[l++].window = !strcmp(kind->text, "local") ? W : 0;
+    if (l != m->L) fail("attention_types has %d layers, not %d", l, m->L);
+}
+
+static void load_neo(Model *m, const Json *config, const Tensors *file) {
+    int C = m->C;
+    set_windows(m, config);
+    m->embed = tensor(file, "transformer.wte.weight", m->V, C);
+    m->pos_embed = tensor(file, "transformer.wpe.weight", m->P, C);
+    m->ln_f = get_norm(file, "transformer.ln_f", C);
+    for (int l = 0; l < m->L; l++) {
+        Layer *layer = &m->layers[l];
+        char *h = name_of("transformer.h.%d", l);
+        layer->ln_1 = get_norm(file, name_of("%s.ln_1", h), C);
+        layer->ln_2 = get_norm(file, name_of("%s.ln_2", h), C);
+        layer->q = get_linear(file, name_of("%s.attn.attention.q_proj", h), C, C, 0);
+        layer->k = get_linear(file, name_of("%s.attn.attention.k_proj", h), C, C, 0);
+        layer->v = get_linear(file, name_of("%s.attn.attention.v_proj", h), C, C, 0);
+        layer->out = get_linear(file, name_of("%s.attn.attention.out_proj", h), C, C, 1);
+        layer->up = get_linear(file, name_of("%s.mlp.c_fc", h), C, m->I, 1);
+        layer->down = get_linear(file, name_of("%s.mlp.c_proj", h), m->I, C, 1);
+    }
+}
+
+static void load_neox(Model *m, const Json *config, const Tensors *file) {
+    int C = m->C, bias = yes(config, "attention_bias");
+    m->R = (int)(m->D * get(config, "rotary_pct", '0')->number);
+    m->rotary_base = (float)get(config, "rotary_emb_base", '0')->number;
+    m->parallel = yes(config, "use_parallel_residual");
+    m->embed = tensor(file, "gpt_neox.embed_in.weight", m->V, C);
+    m->ln_f = get_norm(file, "gpt_neox.final_layer_norm", C);
+    for (int l = 0; l < m->L; l++) {
+        Layer *layer = &m->layers[l];
+        char *h = name_of("gpt_neox.layers.%d", l);
+        layer->ln_1 = get_norm(file, name_of("%s.input_layernorm", h), C);
+        layer->ln_2 = get_norm(file, name_of("%s.post_attention_layernorm", h), C);
+        layer->qkv = get_linear(file, name_of("%s.attention.query_key_value", h), C, 3 * C, bias);
+        layer->out = get_linear(file, name_of("%s.attention.dense", h), C, C, bias);
+        layer->up = get_linear(file, name_of("%s.mlp.dense_h_to_4h", h), C, m->I, 1);
+        layer->down = get_linear(file, name_of("%s.mlp.dense_4h_to_h", h), m->I, C, 1);
+    }
+}
+
+static Model load(const char *folder) {
+    Json *config = read_json(name_of("%s/config.json", folder));
+    Tensors file = open_tensors(name_of("%s/model.safetensors", folder));
+    Model m = {.neox = !strcmp(get(config, "model_type", '"')->text, "gpt_neox")};
+    const char *activation = get(config, m.neox ? "hidden_act" : "activation_function", '"')->text;
+    m.exact_gelu = !strcmp(activation, "gelu");        /* gelu_new, gelu_fast, gelu_pytorch_tanh: one function */
+    m.eps = (float)get(config, m.neox ? "layer_norm_eps" : "layer_norm_epsilon", '0')->number;
+    m.V = whole(config, "vocab_size"), m.C = whole(config, "hidden_size");
+    m.H = whole(config, m.neox ? "num_attention_heads" : "num_heads"), m.D = m.C / m.H;
+    m.L = whole(config, m.neox ? "num_hidden_layers" : "num_layers");
+    m.I = whole(config, "intermediate_size"), m.P = whole(config, "max_position_embeddings");
+    m.layers = take(m.L, sizeof(Layer));
+    for (int l = 0; l < m.L; l++)
+        m.layers[l].keys = floats((size_t)m.P * m.C), m.layers[l].values = floats((size_t)m.P * m.C);
+    (m.neox ? load_neox : load_neo)(&m, config, &file);
+    m.head = (Linear){m.embed, NULL, m.C, m.V};
+    if (!yes(config, "tie_word_embeddings"))
+        m.head = get_linear(&file, m.neox ? "embed_out" : "lm_head", m.C, m.V, 0);
+    return m;
+}
+
+/* ---- The answers ---------------------------------------------------------------------------- */
+
+static void write_ids(FILE *file, const char *key, const int *ids, int count) {
+    fprintf(file, "\"%s\": [", key);
+    for (int i = 0; i < count; i++) fprintf(file, "%s%d", i ? ", " : "", ids[i]);
+    fputs("]", file);
+}
+
+static void answer_greedy(Model *m, const char *folder, const char *answers) {
+    Json *task = read_json(name_of("%s/greedy.json", folder));
+    int T = 0, count = 0, *ids[2];
+    for (Json *id = get(task, "prompt", '[')->child; id; id = id->next) T++;
+    for (Json *id = get(task, "continuation", '[')->child; id; id = id->next) count++;
+    for (int cached = 0; cached < 2; cached++) {
+        int *next = ids[cached] = take(T + count, sizeof(int));
+        for (Json *id = get(task, "prompt", '[')->child; id; id = id->next) *next++ = (int)id->number;
+        greedy(m, ids[cached], T, count, cached);
+    }
+    FILE *file = fopen(name_of("%s/greedy.json", answers), "w");
+    if (!file) fail("%s cannot be written", answers);
+    fputs("{", file), write_ids(file, "continuation", ids[0] + T, count);
+    fputs(", ", file), write_ids(file, "cached_continuation", ids[1] + T, count);
+    fputs("}\n", file), fclose(file);
+}
+
+static void answer_case(const char *folder, const char *answers) {
+    int T;
+    Model m = load(folder);
+    int *ids = read_ids(name_of("%s/npy/input_ids.npy", folder), &T);
+    float *hidden = floats((size_t)(m.L + 1) * T * m.C), *logits = floats((size_t)T * m.V);
+    mkdir(answers, 0755);
+    forward(&m, ids, T, 0, hidden, logits);
+    write_npy(name_of("%s/logits.npy", answers), logits, T, m.V);
+    for (int i = 0; i <= m.L; i++)
+        write_npy(name_of("%s/hidden_states.%d.npy", answers, i), hidden + (size_t)i * T * m.C, T, m.C);
+    for (int t = 0; t < T; t++) forward(&m, ids + t, 1, t, NULL, logits + (size_t)t * m.V);
+    write_npy(name_of("%s/cached_logits.npy", answers), logits, T, m.V);
+    answer_greedy(&m, folder, answers);
+}
+
+int main(int count, char **arguments) {
+    if (count != 3) fail("usage: port VECTORS ANSWERS");
+    Json *about = read_json(name_of("%s/vectors.json", arguments[1]));
+    mkdir(arguments[2], 0755);
+    for (Json *c = get(about, "cases", '{')->child; c; c = c->next)
+        answer_case(name_of("%s/%s", arguments[1], c->key), name_of("%s/%s", arguments[2], c->key));
+    return 0;
+}

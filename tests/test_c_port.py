@@ -1,0 +1,103 @@
+"""The port in C gives the right answers; with one line of it broken, the mistake is named."""
+
+import re
+import shutil
+import subprocess
+from xml.etree import ElementTree
+
+import pytest
+
+import compare
+import diagnose
+import vectors as V
+from conftest import ROOT
+from test_vectors import folder  # noqa: F401  (a fixture)
+
+COMPILER = shutil.which("gcc") or shutil.which("cc")
+SOURCE = (ROOT / "examples" / "port.c").read_text(encoding="utf-8")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="a C compiler builds this port, and there is none")
+
+
+def answered(source, vectors, tmp_path):
+    """The folder of answers of a port with this source; no warning is let pass."""
+    (tmp_path / "port.c").write_text(source, encoding="utf-8")
+    subprocess.run([COMPILER, "-std=c11", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-o",
+                    tmp_path / "port", tmp_path / "port.c", "-lm"], check=True)
+    subprocess.run([tmp_path / "port", vectors, tmp_path / "answers"], check=True, timeout=60)
+    return tmp_path / "answers"
+
+
+def judged(vectors, answers, tmp_path, capsys):
+    """(exit status, the table, {case: the ids of mistakes in its failures of the JUnit file})."""
+    report = tmp_path / "report.xml"
+    status = compare.main(["--check-vectors", str(vectors), str(answers), "--junit", str(report)])
+    named = {}
+    for case in ElementTree.parse(report).getroot():
+        for failure in case.findall("failure"):
+            found = re.findall(r"mistake: ([a-z0-9-]+)", failure.attrib["message"])
+            named.setdefault(case.attrib["classname"], set()).update(found)
+    return status, capsys.readouterr().out, named
+
+
+def test_the_port_is_right(folder, tmp_path, capsys):  # noqa: F811
+    answers = answered(SOURCE, folder, tmp_path)
+    status, table, named = judged(folder, answers, tmp_path, capsys)
+    assert status == 0 and named == {} and "WRONG" not in table
+    assert f"{len(V.CASES) * 8} passed, 0 failed" in table     # logits, cached, 4 hidden, greedy twice
+
+
+NEO = {"neo-global-first", "neo-local-first"}
+NEOX = V.CASES.keys() - NEO
+BROKEN = {
+    "scaled-scores": ("m->neox ? 1 / sqrtf(D) : 1;", "1 / sqrtf(D);", NEO),
+    "window-plus-one": ("self - layer->window + 1", "self - layer->window", NEO),
+    "positions-from-one": ("m->pos_embed[(past + t) * C", "m->pos_embed[(past + t + 1) * C", NEO),
+    "qkv-thirds": ("h * 3 * D + part * D", "part * C + h * D", NEOX),
+    "gelu-tanh": ('!strcmp(activation, "gelu")', '!strcmp(activation, "none")', {"neox-parallel", "neox-sequential"}),
+    "rotary-opposite-sign": ("float angle = ", "float angle = -", NEOX),
+    "norm-eps": ("sqrtf(variance + m->eps)", "sqrtf(variance + 1e-6f)", NEO | NEOX),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_a_broken_line_is_named(mistake, folder, tmp_path, capsys):  # noqa: F811
+    """In the table and in the XML; in the cases that it concerns, and in no other."""
+    right, wrong, cases = BROKEN[mistake]
+    assert SOURCE.count(right) == 1
+    answers = answered(SOURCE.replace(right, wrong), folder, tmp_path)
+    status, table, named = judged(folder, answers, tmp_path, capsys)
+    assert status == 1 and named == {case: {mistake} for case in cases}
+    assert set(re.findall(r"mistake: ([a-z0-9-]+): ", table)) == {mistake}
+    assert table.count("in its place: ") == len(cases)
+
+
+def test_a_mistake_of_the_cache_alone_fails_the_cached_answers_alone(
+        folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(diagnose, "SECONDS", 0)                # it is in no table: no need to try pairs
+    right, wrong = "m->pos_embed[(past + t) * C", "m->pos_embed[t * C"
+    answers = answered(SOURCE.replace(right, wrong), folder, tmp_path)
+    status, table, named = judged(folder, answers, tmp_path, capsys)
+    failed = re.findall(r"^  (\S.*?) +WRONG", table, re.M)
+    assert status == 1 and set(failed) == {"cached_logits", "cached greedy"}
+    assert named == {case: set() for case in NEO}
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("config.json", b"{", "is missing"), ("config.json", b"", "is not valid JSON"),
+    ("config.json", b'{"model_type": "gpt_neo"}', '"activation_function" is missing'),
+    ("model.safetensors", b"\0" * 4, "is not a .safetensors file"),
+    ("model.safetensors", b"\2" + b"\0" * 7 + b"{}", "has no transformer.wte.weight"),
+    ("npy/input_ids.npy", b"12 13 14", "is not a .npy file of int64")])
+def test_damaged_vectors_are_one_line_of_the_port(name, content, said, port, folder, tmp_path):  # noqa: F811
+    vectors = shutil.copytree(folder, tmp_path / "vectors")
+    (vectors / "neo-global-first" / name).write_bytes(content)
+    run = subprocess.run([port, vectors, tmp_path / "answers"], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and said in run.stderr
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    path = tmp_path_factory.mktemp("port") / "port"
+    subprocess.run([COMPILER, "-g", "-fsanitize=undefined", "-fno-sanitize-recover", "-o", path,
+                    ROOT / "examples" / "port.c", "-lm"], check=True)
+    return path
