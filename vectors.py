@@ -15,8 +15,8 @@ rows than tokens.  examples/port.c is a port that answers them; docs/checking-a-
 
 import json
 import os
-import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,7 +351,7 @@ def judge_greedy(case, folder, answered):
 
 
 def judge_case(folder, answered):
-    """(verdicts, mistakes) of one checkpoint."""
+    """(verdicts, mistakes) of one checkpoint; None for mistakes where none were looked for."""
     ids, right = read_right(folder)
     theirs = read_answers(answered)
     verdicts = [*judge_tensors(folder.name, theirs, ids, right),
@@ -361,20 +361,20 @@ def judge_case(folder, answered):
         return verdicts, find_mistakes(folder, ids, theirs, right)
     if "cached_logits" in wrong:                           # right without the cache: from logits alone
         return verdicts, find_mistakes(folder, ids, {"logits": theirs["cached_logits"]}, right)
-    return verdicts, []
+    return verdicts, None
 
 
 def find_mistakes(folder, ids, theirs, right):
-    """What diagnose finds, where the logits have the right shape."""
+    """What diagnose finds; None where the logits are missing or have another shape."""
     fits = {name: theirs[name][None].to(torch.promote_types(theirs[name].dtype, torch.float32))
             for name, x in right.items() if torch.is_tensor(theirs.get(name))
             and theirs[name].shape == x.shape and theirs[name].is_floating_point()}
     if "logits" not in fits:
-        return []
+        return None
     hidden = [fits.get(f"hidden_states.{i}") for i in range(len(right) - 1)]
     rows = [*hidden[:-1], None, hidden[-1], fits["logits"]]
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="naive")
-    return diagnose(model, ids[None], rows, TOLERANCE)
+    return diagnose(model, ids[None], rows, TOLERANCE, progress=sys.stderr.isatty())
 
 
 def judge_tokenizer(folder, answered):
@@ -394,7 +394,7 @@ def judge_tokenizer(folder, answered):
 
 
 def check_vectors(folder, answers_folder):
-    """-> (verdicts, {case: sets of mistakes that explain it}).
+    """-> (verdicts, {case: sets of mistakes that explain it}); a right case has no such sets.
 
     Raises ValueError or OSError where the vectors are damaged or there is no folder of answers;
     what is wrong with an answer is a Verdict.
@@ -408,8 +408,10 @@ def check_vectors(folder, answers_folder):
     tokenizers = read_field(folder / "vectors.json", "tokenizers")
     verdicts, mistakes = [], {}
     for name in cases:
-        more, mistakes[name] = judge_case(folder / name, answered / name)
+        more, found = judge_case(folder / name, answered / name)
         verdicts += more
+        if found is not None:
+            mistakes[name] = found
     for name in tokenizers:
         verdicts += judge_tokenizer(folder / name, answered / name)
     unknown = {path.name for path in answered.iterdir() if path.is_dir()} - {*cases, *tokenizers}
@@ -441,7 +443,7 @@ def table(verdicts, mistakes):
         lines.append(plain(case))
         lines += [f"  {plain(v.what):{width}}  {'ok   ' if v.passed else 'WRONG'}  {v.said}" for v in own]
         lines += [f"  {line}" for line in explained(mistakes.get(case, []))]
-        if case in mistakes and not mistakes[case] and not all(v.passed for v in own):
+        if mistakes.get(case) == []:
             lines.append("  none of the known mistakes gives these numbers")
     wrong = sum(not v.passed for v in verdicts)
     return "\n".join([*lines, "", f"{len(verdicts) - wrong} passed, {wrong} failed"])

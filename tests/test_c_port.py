@@ -1,6 +1,7 @@
 """The port in C gives the right answers; with one line of it broken, the mistake is named."""
 
 import re
+import runpy
 import shutil
 import subprocess
 from xml.etree import ElementTree
@@ -81,6 +82,77 @@ def test_a_mistake_of_the_cache_alone_fails_the_cached_answers_alone(
     assert status == 1 and set(failed) == {"cached_logits", "cached greedy"}
     assert named == {case: set() for case in NEO}
 
+
+# ------------------------------------------------------------------------------------------------
+# What README.md and docs/checking-a-port.md show
+# ------------------------------------------------------------------------------------------------
+
+README, PAGE = ((ROOT / name).read_text(encoding="utf-8")
+                for name in ("README.md", "docs/checking-a-port.md"))
+SHOWN = re.findall(r"```text\n(.*?)```", PAGE, re.S)
+
+
+def rounded(text):
+    """Rounding errors differ from machine to machine; everything else must be as it is shown."""
+    return re.sub(r"\d\.\de-0[67]", "rounding", text)
+
+
+def test_the_green_table_is_shown_as_it_is(folder, tmp_path, capsys):  # noqa: F811
+    _, table, _ = judged(folder, answered(SOURCE, folder, tmp_path), tmp_path, capsys)
+    assert len(SHOWN[0]) > 300 and rounded(table).endswith(rounded(SHOWN[0]))
+
+
+def test_the_broken_port_is_shown_as_it_is(folder, tmp_path, capsys):  # noqa: F811
+    """The page's sed command, the logits alone, and the table; README.md shows how it begins."""
+    right, wrong = re.search(r"^sed 's\|(.*?)\|(.*?)\|' examples/port.c", PAGE, re.M).groups()
+    assert SOURCE.count(right) == 1
+    answers = answered(SOURCE.replace(right, wrong), folder, tmp_path)
+    for path in [*answers.rglob("hidden*"), *answers.rglob("cached*"), *answers.rglob("greedy*")]:
+        path.unlink()
+    _, table, _ = judged(folder, answers, tmp_path, capsys)
+    assert len(SHOWN[1]) > 300 and rounded(table) == rounded(SHOWN[1])
+    section = README[README.index("## Check your own port"):]
+    begin = re.search(r"```text\n(.*?)```", section, re.S)[1]
+    assert begin.count("\n") > 3 and table.startswith(begin)
+
+
+def test_a_mistake_without_a_name_is_shown_as_it_is(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(diagnose, "SECONDS", 0)                # no pairs, which take minutes
+    right = "x[i] += a[i];"
+    assert SOURCE.count(right) == 2 and f"`{right[:-1]}` in `block`" in PAGE
+    answers = answered(SOURCE.replace(right, "x[i] += a[i] / 2;", 1), folder, tmp_path)
+    for case in NEOX:                                          # one family is enough
+        shutil.rmtree(answers / case)
+    _, table, _ = judged(folder, answers, tmp_path, capsys)
+    assert SHOWN[2].count("\n") == 3 and SHOWN[2] in table
+    assert table.count("none of the known mistakes gives these numbers") == len(NEO)
+
+
+def test_the_picture_is_the_script_s():
+    """To a third of an exponent's height: rounding differs from machine to machine."""
+    def parted(svg):
+        points = [float(y) for path in re.findall(r'points="(.*?)"', svg)
+                  for y in re.findall(r",(\S+)", path)]
+        fixed = re.sub(r'points=".*?"|cy=".*?"|y="[^"]*" (?=font-size="13" fill="#[^"]*" text-anchor="start")',
+                       "", svg)
+        return points, fixed
+    drawn = runpy.run_path(str(ROOT / "docs" / "porting_picture.py"))["picture"]()
+    saved = (ROOT / "docs" / "porting_picture.svg").read_text(encoding="utf-8")
+    (points, fixed), (old_points, old_fixed) = parted(drawn), parted(saved)
+    assert fixed == old_fixed and "(porting_picture.svg)" in PAGE
+    assert len(points) == 28 and points == pytest.approx(old_points, abs=13)
+
+
+def test_the_page_s_links_and_commands_are_true():
+    for link in re.findall(r"\]\(([^)#]+)\)", PAGE):
+        assert (ROOT / "docs" / link).exists(), link
+    for line in re.findall(r"python compare\.py (.*?)(?: > .*)?$", PAGE, re.M):
+        compare.arguments(line.replace("`", "").split())
+
+
+# ------------------------------------------------------------------------------------------------
+# Damaged files
+# ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, content, said", [
     ("config.json", b"{", "is missing"), ("config.json", b"", "is not valid JSON"),
