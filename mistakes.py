@@ -101,9 +101,14 @@ def no_causal_mask(model):
         i, j = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
         return everything(T, S, device=device) if window is None else (i - j).abs() < window
 
+    def behind(T, S, window=None, device=None):
+        i, j = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
+        return everything(T, S, device=device) if window is None else i - j < window
+
     yield [(attention_module, "visible", everything)]
     if any(model.config.windows):
         yield [(attention_module, "visible", both_sides)]
+        yield [(attention_module, "visible", behind)]
 
 
 def no_final_norm(model):
@@ -161,14 +166,24 @@ def out_transposed(model):
 
 
 def heads_not_transposed(model):
-    module = module_of(model)
+    """Behind attention; before and behind it, where (B, T, H * D) is read as (B, H, T, D)."""
+    module, H = module_of(model), model.config.num_attention_heads
     attention = module.attention
 
-    def wrong(q, k, v, **how):
+    def joined(q, k, v, **how):
         y = attention(q, k, v, **how)                                      # (B, H, T, D)
         B, H, T, D = y.shape
         return y.reshape(B, T, H, D).transpose(1, 2)
-    yield [(module, "attention", wrong)]
+
+    def split(y):                                                          # (B, T, H * D) or (B, T, 3C)
+        B, T, width = y.shape
+        return y.view(B, H, T, width // H).transpose(1, 2).reshape(B, T, width)
+
+    names = ("q_proj", "k_proj", "v_proj") if model.config.model_type == NEO else ("qkv_proj",)
+    before = [after(getattr(attn, name), split) for attn in attentions(model) for name in names]
+    yield [(module, "attention", joined)]
+    yield [(module, "attention", joined), *before]
+    yield before
 
 
 def softmax_bfloat16(model):
@@ -180,7 +195,13 @@ def softmax_bfloat16(model):
             return (x.bfloat16() if weights else x).float()
         return [(torch.Tensor, "softmax", wrong)]
 
+    def each_step(x, dim, dtype=None):
+        x = x.bfloat16()
+        powers = (x - x.amax(dim, keepdim=True)).exp()
+        return (powers / powers.sum(dim, keepdim=True)).float()
+
     if model.dtype == torch.float32:
+        yield [(torch.Tensor, "softmax", each_step)]
         yield rounding(scores="all", weights=True)
         yield rounding(scores=True, weights=False)
         yield rounding(scores=False, weights=True)
