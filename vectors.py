@@ -5,10 +5,10 @@
 
 DIR needs neither Python nor a network: checkpoints in the official format, ids, logits and hidden
 states as .npy and .safetensors, greedy continuations and tokenizer cases as JSON, and a README that
-says how to read and judge them.  The weights are wide random numbers and the shapes are odd, so that
-no mistake hides: heads of width 12, a window that divides no length, rotary positions on a part of a
-head and on all of it, both forms of the residual, tied and untied heads, and vocabularies with more
-rows than tokens.  examples/port.c is a port that answers them; docs/checking-a-port.md tells how.
+says how to read and judge them.  The weights are wide random numbers and the shapes are odd, so
+that no mistake hides: heads of width 12, a window that divides no length, rotary positions on a part
+of a head and on all of it, both forms of the residual, tied and untied heads, and vocabularies with
+more rows than tokens.  examples/port.c is a port that answers them; docs/checking-a-port.md tells how.
 
     T tokens · C width · V vocabulary (rows) · L layers
 """
@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -33,7 +34,7 @@ from neo import GPTNeoConfig, GPTNeoForCausalLM
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
 T, PROMPT, NEW = 31, 9, 20                 # tokens of the ids, of the prompt, and new ones
-TOKENS, ROWS = 101, 104                    # ids that a tokenizer would give, and the vocabulary's rows
+TOKENS, ROWS = 101, 104                    # ids that a tokenizer gives, and rows of the vocabulary
 FIRST_SEED = 7                             # with it the likeliest id is never ahead by a hair
 TOLERANCE = 1e-5
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -151,7 +152,7 @@ def write_vectors(folder):
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: give a folder that does not exist or is empty")
+        raise ValueError(f"{folder} is there already: give a folder that is not, or that is empty")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
     try:
@@ -169,14 +170,14 @@ def write_vectors(folder):
 
 TOKENIZERS = ["tokenizer-demo-neo", "tokenizer-demo-neox"]
 REASON = f"""|difference| / |right answer|, norms over the whole tensor in float64, must be at most
-  {TOLERANCE:g}. A float32 port that sums in another order is near 1e-6 (examples/port.c is at 1.0e-6). The mildest
-  known mistake, rotary tables in bfloat16, moves the logits of one of these cases by 2.5e-5. A tolerance of 1e-3
-  would let a wrong GELU pass."""
+  {TOLERANCE:g}. A float32 port that sums in another order is near 1e-6 (examples/port.c is at 1.0e-6).
+  The mildest known mistake, rotary tables in bfloat16, moves the logits of one of these cases by
+  2.5e-5. A tolerance of 1e-3 would let a wrong GELU pass."""
 ABOUT = {"format": 1, "cases": {name: {"tokens": TOKENS, "rows": ROWS} for name in CASES},
          "tokenizers": TOKENIZERS,
          "tolerances": {"tensors": {"relative": TOLERANCE, "reason": " ".join(REASON.split())},
                         "ids": {"relative": 0, "reason": "smallest_lead in greedy.json is how far "
-                                "the likeliest id is ahead at the closest call: far above rounding"}}}
+                                "the likeliest id is ahead at the closest call: above rounding"}}}
 README = f"""# Test vectors for GPT-Neo and GPT-NeoX
 
 Small random checkpoints in the official Hugging Face format, with the answers that a right
@@ -197,13 +198,13 @@ implementation gives. `python compare.py --vectors DIR` wrote them;
 | `CASE/greedy.json` | {PROMPT} ids (`prompt`), the {NEW} likeliest that follow, without a cache (`continuation`) and with one (`cached_continuation`); `smallest_lead` is how far the likeliest logit is ahead at the closest call |
 | `tokenizer-NAME/` | a tokenizer in the official format; `cases.json` holds texts and their ids |
 
-A `.npy` file is a header of text, whose length stands in bytes 8 and 9 (little-endian), and then the
-numbers. A `.safetensors` file is 8 bytes with the length of a JSON header (little-endian), the header, and then
-the numbers.
+A `.npy` file is a header of text, whose length stands in bytes 8 and 9 (little-endian), and then
+the numbers. A `.safetensors` file is 8 bytes with the length of a JSON header (little-endian), the
+header, and then the numbers.
 
-Every vocabulary has V = {ROWS} rows for {TOKENS} tokens, since official checkpoints are padded too. The rows without
-a token belong to the logits. None of them is ever the likeliest, so it does not matter whether your port leaves them out
-when it chooses.
+Every vocabulary has V = {ROWS} rows for {TOKENS} tokens, since official checkpoints are padded too. The
+rows without a token belong to the logits. None of them is ever the likeliest, so it does not matter
+whether your port leaves them out when it chooses.
 
 ## What to answer
 
@@ -217,16 +218,16 @@ Put what your port computes into `ANSWERS/CASE/`:
 | `greedy.json` | an object with `continuation`, `cached_continuation` or both |
 | `ANSWERS/tokenizer-NAME/ids.json` | a list of lists: the ids of each text in `cases.json` |
 
-`answers.safetensors` may take the place of the `.npy` files. Optional answers that are not there are not judged;
-a name that is not in this list is reported as wrong, so that nothing is passed over.
+`answers.safetensors` may take the place of the `.npy` files. Optional answers that are not there are
+not judged; a name that is not in this list is reported as wrong, so that nothing is passed over.
 
 ## How to judge
 
 * Tensors: {REASON}
 * Ids: equal.
-* The checkpoints are meant to show every mistake: ids longer than four windows of 7, a window that divides no
-  length, biases that are not 0, norm weights that are not 1, {len(CASES)} combinations of settings. Read all
-  settings from config.json.
+* The checkpoints are meant to show every mistake: ids longer than four windows of 7, a window that
+  divides no length, biases that are not 0, norm weights that are not 1, {len(CASES)} combinations of
+  settings. Read all settings from config.json.
 """
 
 
@@ -252,7 +253,7 @@ def read_array(path):
             raise ValueError(f"its numbers are {array.dtype}, and float32 is expected")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
     except (ValueError, OSError, EOFError, TypeError, MemoryError, OverflowError,
-            SyntaxError, RecursionError) as error:
+            SyntaxError, RecursionError, tokenize.TokenError) as error:
         raise ValueError(f"{plain(path, 1000)} cannot be read: {error_line(error)}") from None
 
 
@@ -329,7 +330,8 @@ def judge_ids(case, what, theirs, right):
     first = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(right)))
     if first == len(theirs) == len(right):
         return Verdict(case, what, True, "equal")
-    said = [plain(json.dumps(x[first]), 60) if first < len(x) else "nothing" for x in (theirs, right)]
+    said = [plain(json.dumps(x[first]), 60) if first < len(x) else "nothing"
+            for x in (theirs, right)]
     return Verdict(case, what, False, f"number {first} is {said[0]}, expected {said[1]}")
 
 
@@ -359,7 +361,7 @@ def judge_case(folder, answered):
     wrong = {v.what for v in verdicts if not v.passed}
     if wrong & right.keys():
         return verdicts, find_mistakes(folder, ids, theirs, right)
-    if "cached_logits" in wrong:                           # right without the cache: from logits alone
+    if "cached_logits" in wrong:                           # right where there is no cache
         return verdicts, find_mistakes(folder, ids, {"logits": theirs["cached_logits"]}, right)
     return verdicts, None
 
@@ -441,7 +443,8 @@ def table(verdicts, mistakes):
     for case in dict.fromkeys(v.case for v in verdicts):
         own = [v for v in verdicts if v.case == case]
         lines.append(plain(case))
-        lines += [f"  {plain(v.what):{width}}  {'ok   ' if v.passed else 'WRONG'}  {v.said}" for v in own]
+        lines += [f"  {plain(v.what):{width}}  {'ok   ' if v.passed else 'WRONG'}  {v.said}"
+                  for v in own]
         lines += [f"  {line}" for line in explained(mistakes.get(case, []))]
         if mistakes.get(case) == []:
             lines.append("  none of the known mistakes gives these numbers")
@@ -455,7 +458,8 @@ def write_junit(verdicts, mistakes, path):
     suite = ElementTree.Element("testsuite", name="test vectors", tests=str(len(verdicts)),
                                 failures=str(wrong), errors="0", skipped="0")
     for v in verdicts:
-        case = ElementTree.SubElement(suite, "testcase", classname=plain(v.case), name=plain(v.what))
+        case = ElementTree.SubElement(suite, "testcase", classname=plain(v.case),
+                                      name=plain(v.what))
         if not v.passed:
             found = mistakes.get(v.case, [])
             named = ", ".join(m.id for f in found for m in f.mistakes)

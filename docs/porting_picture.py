@@ -1,9 +1,9 @@
-"""Draw docs/porting_picture.svg: how far a right port and three wrong ones are from demo-neo, by layer.
+"""Draw docs/porting_picture.svg: how far a right port and three wrong ones are off, by layer.
 
     python docs/porting_picture.py
 
-The right port is our own model with torch's fused attention: float32 in another order of operations.
-The wrong ones are our definition with a mistake of mistakes.py.
+The model is checkpoints/demo-neo.  The right port is our own with torch's fused attention: float32
+in another order of operations.  The wrong ones are our definition with a mistake of mistakes.py.
 """
 
 import math
@@ -41,7 +41,8 @@ def differences():
         with planted(patches):
             ports[name] = trace(model, ids)
     kinds = ["global" if window is None else "local" for window in model.config.windows]
-    rows = ["embeddings", *(f"block {i}, {kind}" for i, kind in enumerate(kinds)), "final norm", "logits"]
+    rows = ["embeddings", *(f"block {i}, {kind}" for i, kind in enumerate(kinds)), "final norm",
+            "logits"]
     return rows, {name: [off(x, right)[1] for x, right in zip(port, reference)]
                   for name, port in ports.items()}
 
@@ -66,10 +67,11 @@ def axes(places, rows):
         yield text(x, BOTTOM + 20, row.split(",")[0], size=12)
         yield text(x, BOTTOM + 36, row.partition(", ")[2], GREY, size=12)
     y = height(1e-5)
-    yield f'<line x1="{LEFT}" y1="{y}" x2="{RIGHT_EDGE}" y2="{y}" stroke="{INK}" stroke-dasharray="6 4"/>'
+    yield (f'<line x1="{LEFT}" y1="{y}" x2="{RIGHT_EDGE}" y2="{y}" stroke="{INK}" '
+           'stroke-dasharray="6 4"/>')
     yield text(RIGHT_EDGE + 12, y + 4, "tolerance 1e-5", anchor="start")
-    yield text(LEFT, 26, f"|difference| / |reference|, demo-neo, {T} tokens, window 64", anchor="start",
-               size=15)
+    yield text(LEFT, 26, f"|difference| / |reference|, demo-neo, {T} tokens, window 64",
+               anchor="start", size=15)
 
 
 def picture():

@@ -33,19 +33,15 @@
 /* ---- What a checkpoint holds ---------------------------------------------------------------- */
 
 typedef struct {
-    const float *weight, *bias;         /* (out, in); (out), or NULL where there is none */
-    int in, out;
-} Linear;
+    const float *weight, *bias;         /* matrix: (out, in) and (out); norm: (C) and (C) */
+    int in, out;                        /* bias is NULL where there is none */
+} Part;
 
 typedef struct {
-    const float *weight, *bias;         /* (C) each */
-} Norm;
-
-typedef struct {
-    Norm ln_1, ln_2;
-    Linear q, k, v;                     /* GPT-Neo: three matrices */
-    Linear qkv;                         /* GPT-NeoX: one, which holds [q k v] of each head */
-    Linear out, up, down;
+    Part ln_1, ln_2;
+    Part q, k, v;                       /* GPT-Neo: three matrices */
+    Part qkv;                           /* GPT-NeoX: one, which holds [q k v] of each head */
+    Part out, up, down;
     int window;                         /* W, or 0: sees all that came before */
     float *keys, *values;               /* the cache: (P, C) each, one row for each position */
 } Layer;
@@ -55,8 +51,7 @@ typedef struct {
     int parallel, exact_gelu;
     float eps, rotary_base;
     const float *embed, *pos_embed;     /* (V, C); (P, C), GPT-Neo only */
-    Norm ln_f;
-    Linear head;
+    Part ln_f, head;
     Layer *layers;
 } Model;
 
@@ -80,7 +75,7 @@ static float *floats(size_t count) { return take(count, sizeof(float)); }
 
 /* ---- The model ------------------------------------------------------------------------------ */
 
-static void linear(const Linear *m, const float *x, float *y, int T) {     /* (T, in) -> (T, out) */
+static void linear(const Part *m, const float *x, float *y, int T) {     /* (T, in) -> (T, out) */
     for (int t = 0; t < T; t++)
         for (int o = 0; o < m->out; o++) {
             float sum = m->bias ? m->bias[o] : 0;
@@ -89,7 +84,7 @@ static void linear(const Linear *m, const float *x, float *y, int T) {     /* (T
         }
 }
 
-static void norm(const Model *m, const Norm *n, const float *x, float *y, int T) {
+static void norm(const Model *m, const Part *n, const float *x, float *y, int T) {
     int C = m->C;                                                          /* (T, C) -> (T, C) */
     for (int t = 0; t < T; t++, x += C, y += C) {
         float mean = 0, variance = 0;
@@ -128,7 +123,7 @@ static void project(const Model *m, Layer *layer, const float *x, float *q, int 
     linear(&layer->qkv, x, qkv, T);
     for (int t = 0; t < T; t++)
         for (int h = 0; h < m->H; h++) {
-            for (int part = 0; part < 3; part++)       /* q, k, v: they lie side by side, head by head */
+            for (int part = 0; part < 3; part++)        /* q, k, v of a head lie side by side */
                 memcpy(parts[part] + t * C + h * D, qkv + t * 3 * C + h * 3 * D + part * D,
                        D * sizeof(float));
             rotate(m, q + t * C + h * D, past + t);
@@ -249,10 +244,11 @@ static Json *parse(const char **s, const char *path) {
         value->text = parse_string(s, path);
     } else if (kind == '{' || kind == '[') {
         ++*s;
-        while (skip(s) != kind + 2) {                               /* ] and } are two after [ and { */
+        while (skip(s) != kind + 2) {                   /* ] and } are two after [ and { */
             if (value->child && *(*s)++ != ',') fail("%s: a comma is missing", path);
             char *key = kind == '{' && skip(s) == '"' ? parse_string(s, path) : NULL;
-            if (kind == '{' && (!key || skip(s) != ':' || !++*s)) fail("%s: a key is missing", path);
+            if (kind == '{' && (!key || skip(s) != ':')) fail("%s: a key is missing", path);
+            if (kind == '{') ++*s;
             *last = parse(s, path);
             (*last)->key = key;
             last = &(*last)->next;
@@ -284,7 +280,11 @@ static Json *get(const Json *object, const char *key, char kind) {
 }
 
 static int whole(const Json *object, const char *key) { return (int)get(object, key, '0')->number; }
-static int yes(const Json *object, const char *key) { return find(object, key)->kind == 't'; }
+static int yes(const Json *object, const char *key) {
+    Json *value = find(object, key);
+    if (!value || !strchr("tf", value->kind)) fail("\"%s\" is neither true nor false", key);
+    return value->kind == 't';
+}
 
 /* ---- Files ---------------------------------------------------------------------------------- */
 
@@ -334,10 +334,12 @@ static int *read_ids(const char *path, int *T) {                    /* .npy of i
 static void write_npy(const char *path, const float *x, int rows, int columns) {
     FILE *file = fopen(path, "wb");
     if (!file) fail("%s cannot be written", path);
-    char *about = name_of("{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d), }", rows, columns);
-    fwrite("\x93NUMPY\x01\x00\x76\x00", 1, 10, file);              /* 118 bytes: 128 with these 10 */
+    size_t count = (size_t)rows * columns;
+    char *about = name_of("{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d), }",
+                          rows, columns);
+    fwrite("\x93NUMPY\x01\x00\x76\x00", 1, 10, file);  /* 0x76 bytes follow: 128 with these 10 */
     fprintf(file, "%-117s\n", about);
-    if (fwrite(x, sizeof(float), (size_t)rows * columns, file) != (size_t)rows * columns || fclose(file))
+    if (fwrite(x, sizeof(float), count, file) != count || fclose(file))
         fail("%s cannot be written", path);
 }
 
@@ -345,7 +347,7 @@ static void write_npy(const char *path, const float *x, int rows, int columns) {
 
 typedef struct {
     const char *path, *data;            /* the numbers of all tensors */
-    size_t size;
+    size_t size;                        /* of the data, in bytes */
     Json *header;                       /* {name: {dtype, shape, data_offsets}} */
 } Tensors;
 
@@ -355,34 +357,36 @@ static Tensors open_tensors(const char *path) {
     uint64_t length = 0;
     if (file.size > 8) memcpy(&length, content, 8);
     if (length == 0 || length > file.size - 8) fail("%s is not a .safetensors file", path);
-    char *text = take(length + 1, 1);
-    const char *begin = memcpy(text, content + 8, length);
-    file.header = parse(&begin, path);
+    const char *header = memcpy(take(length + 1, 1), content + 8, length);
+    file.header = parse(&header, path);
     file.data = content + 8 + length;
     file.size -= 8 + length;
     return file;
 }
 
 /* The numbers of a tensor (rows, columns), or (rows) where columns is 0. */
-static const float *tensor(const Tensors *file, const char *name, int rows, int columns) {
+static const float *tensor(const Tensors *file, int rows, int columns, const char *name) {
     Json *about = find(file->header, name);
     if (!about) fail("%s has no %s", file->path, name);
-    Json *shape = get(about, "shape", '[')->child, *offsets = get(about, "data_offsets", '[')->child;
-    size_t count = (size_t)rows * (columns ? columns : 1), begin = (size_t)offsets->number;
     if (strcmp(get(about, "dtype", '"')->text, "F32")) fail("%s is not float32", name);
-    if (!shape || shape->number != rows || (columns ? !shape->next || shape->next->number != columns : !!shape->next)
-        || offsets->next->number - begin != 4 * count || begin + 4 * count > file->size)
-        fail("%s: %s has another shape", file->path, name);
-    return memcpy(floats(count), file->data + begin, 4 * count);    /* copied: aligned in any file */
+    double wanted[2] = {rows, columns}, given[2] = {0, 0}, ends[2] = {0, 0}, count = rows;
+    int i = 0, j = 0;
+    for (Json *n = get(about, "shape", '[')->child; n && i < 2; n = n->next) given[i++] = n->number;
+    for (Json *n = get(about, "data_offsets", '[')->child; n && j < 2; n = n->next)
+        ends[j++] = n->number;
+    if (columns) count *= columns;
+    if (memcmp(wanted, given, sizeof wanted)) fail("%s: %s has another shape", file->path, name);
+    if (ends[0] < 0 || ends[1] - ends[0] != 4 * count || ends[1] > file->size)
+        fail("%s: %s does not lie in the file", file->path, name);
+    return memcpy(floats(count), file->data + (size_t)ends[0], 4 * count);      /* aligned */
 }
 
-static Linear get_linear(const Tensors *file, const char *name, int in, int out, int bias) {
-    return (Linear){tensor(file, name_of("%s.weight", name), out, in),
-                    bias ? tensor(file, name_of("%s.bias", name), out, 0) : NULL, in, out};
-}
-
-static Norm get_norm(const Tensors *file, const char *name, int C) {
-    return (Norm){tensor(file, name_of("%s.weight", name), C, 0), tensor(file, name_of("%s.bias", name), C, 0)};
+/* A matrix (out, in); or, where in is 0, the weights of a norm (out). */
+static Part part(const Tensors *file, const char *where, const char *name, int in, int out,
+                 int bias) {
+    const float *b = bias ? tensor(file, out, 0, name_of("%s%s.bias", where, name)) : NULL;
+    return (Part){in ? tensor(file, out, in, name_of("%s%s.weight", where, name))
+                     : tensor(file, out, 0, name_of("%s%s.weight", where, name)), b, in, out};
 }
 
 /* GPT-Neo's "attention_types" is [[kinds, repetitions], ...]. */
@@ -395,89 +399,86 @@ static void set_windows(Model *m, const Json *config) {
     if (l != m->L) fail("attention_types has %d layers, not %d", l, m->L);
 }
 
-static void load_neo(Model *m, const Json *config, const Tensors *file) {
-    int C = m->C;
-    set_windows(m, config);
-    m->embed = tensor(file, "transformer.wte.weight", m->V, C);
-    m->pos_embed = tensor(file, "transformer.wpe.weight", m->P, C);
-    m->ln_f = get_norm(file, "transformer.ln_f", C);
-    for (int l = 0; l < m->L; l++) {
-        Layer *layer = &m->layers[l];
-        char *h = name_of("transformer.h.%d", l);
-        layer->ln_1 = get_norm(file, name_of("%s.ln_1", h), C);
-        layer->ln_2 = get_norm(file, name_of("%s.ln_2", h), C);
-        layer->q = get_linear(file, name_of("%s.attn.attention.q_proj", h), C, C, 0);
-        layer->k = get_linear(file, name_of("%s.attn.attention.k_proj", h), C, C, 0);
-        layer->v = get_linear(file, name_of("%s.attn.attention.v_proj", h), C, C, 0);
-        layer->out = get_linear(file, name_of("%s.attn.attention.out_proj", h), C, C, 1);
-        layer->up = get_linear(file, name_of("%s.mlp.c_fc", h), C, m->I, 1);
-        layer->down = get_linear(file, name_of("%s.mlp.c_proj", h), m->I, C, 1);
-    }
-}
+enum { EMBED, LAYER, LN_1, LN_2, OUT, UP, DOWN, LN_F, HEAD, NAMES };
+static const char *names_of[2][NAMES] = {
+    {"transformer.wte", "transformer.h.%d.", "ln_1", "ln_2", "attn.attention.out_proj", "mlp.c_fc",
+     "mlp.c_proj", "transformer.ln_f", "lm_head"},
+    {"gpt_neox.embed_in", "gpt_neox.layers.%d.", "input_layernorm", "post_attention_layernorm",
+     "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm",
+     "embed_out"}};
 
-static void load_neox(Model *m, const Json *config, const Tensors *file) {
-    int C = m->C, bias = yes(config, "attention_bias");
-    m->R = (int)(m->D * get(config, "rotary_pct", '0')->number);
-    m->rotary_base = (float)get(config, "rotary_emb_base", '0')->number;
-    m->parallel = yes(config, "use_parallel_residual");
-    m->embed = tensor(file, "gpt_neox.embed_in.weight", m->V, C);
-    m->ln_f = get_norm(file, "gpt_neox.final_layer_norm", C);
-    for (int l = 0; l < m->L; l++) {
-        Layer *layer = &m->layers[l];
-        char *h = name_of("gpt_neox.layers.%d", l);
-        layer->ln_1 = get_norm(file, name_of("%s.input_layernorm", h), C);
-        layer->ln_2 = get_norm(file, name_of("%s.post_attention_layernorm", h), C);
-        layer->qkv = get_linear(file, name_of("%s.attention.query_key_value", h), C, 3 * C, bias);
-        layer->out = get_linear(file, name_of("%s.attention.dense", h), C, C, bias);
-        layer->up = get_linear(file, name_of("%s.mlp.dense_h_to_4h", h), C, m->I, 1);
-        layer->down = get_linear(file, name_of("%s.mlp.dense_4h_to_h", h), m->I, C, 1);
-    }
-}
-
-static Model load(const char *folder) {
-    Json *config = read_json(name_of("%s/config.json", folder));
-    Tensors file = open_tensors(name_of("%s/model.safetensors", folder));
+static Model read_config(const Json *config) {
     Model m = {.neox = !strcmp(get(config, "model_type", '"')->text, "gpt_neox")};
-    const char *activation = get(config, m.neox ? "hidden_act" : "activation_function", '"')->text;
-    m.exact_gelu = !strcmp(activation, "gelu");        /* gelu_new, gelu_fast, gelu_pytorch_tanh: one function */
+    const char *act = get(config, m.neox ? "hidden_act" : "activation_function", '"')->text;
+    m.exact_gelu = !strcmp(act, "gelu");       /* gelu_new, gelu_fast, gelu_pytorch_tanh are one */
     m.eps = (float)get(config, m.neox ? "layer_norm_eps" : "layer_norm_epsilon", '0')->number;
     m.V = whole(config, "vocab_size"), m.C = whole(config, "hidden_size");
     m.H = whole(config, m.neox ? "num_attention_heads" : "num_heads"), m.D = m.C / m.H;
     m.L = whole(config, m.neox ? "num_hidden_layers" : "num_layers");
     m.I = whole(config, "intermediate_size"), m.P = whole(config, "max_position_embeddings");
     m.layers = take(m.L, sizeof(Layer));
-    for (int l = 0; l < m.L; l++)
-        m.layers[l].keys = floats((size_t)m.P * m.C), m.layers[l].values = floats((size_t)m.P * m.C);
-    (m.neox ? load_neox : load_neo)(&m, config, &file);
-    m.head = (Linear){m.embed, NULL, m.C, m.V};
-    if (!yes(config, "tie_word_embeddings"))
-        m.head = get_linear(&file, m.neox ? "embed_out" : "lm_head", m.C, m.V, 0);
+    if (!m.neox) {
+        set_windows(&m, config);
+        return m;
+    }
+    m.R = (int)(m.D * get(config, "rotary_pct", '0')->number);
+    m.rotary_base = (float)get(config, "rotary_emb_base", '0')->number;
+    m.parallel = yes(config, "use_parallel_residual");
+    return m;
+}
+
+static Model load(const char *folder) {
+    Json *config = read_json(name_of("%s/config.json", folder));
+    Model m = read_config(config);
+    Tensors file = open_tensors(name_of("%s/model.safetensors", folder));
+    const char **names = names_of[m.neox];
+    int C = m.C, bias = m.neox ? yes(config, "attention_bias") : 1;
+    m.embed = part(&file, "", names[EMBED], C, m.V, 0).weight;
+    if (!m.neox) m.pos_embed = part(&file, "", "transformer.wpe", C, m.P, 0).weight;
+    for (int l = 0; l < m.L; l++) {
+        Layer *layer = &m.layers[l];
+        char *where = name_of(names[LAYER], l);
+        layer->keys = floats((size_t)m.P * C), layer->values = floats((size_t)m.P * C);
+        layer->ln_1 = part(&file, where, names[LN_1], 0, C, 1);
+        layer->ln_2 = part(&file, where, names[LN_2], 0, C, 1);
+        layer->out = part(&file, where, names[OUT], C, C, bias);
+        layer->up = part(&file, where, names[UP], C, m.I, 1);
+        layer->down = part(&file, where, names[DOWN], m.I, C, 1);
+        if (m.neox) {
+            layer->qkv = part(&file, where, "attention.query_key_value", C, 3 * C, bias);
+            continue;
+        }
+        layer->q = part(&file, where, "attn.attention.q_proj", C, C, 0);
+        layer->k = part(&file, where, "attn.attention.k_proj", C, C, 0);
+        layer->v = part(&file, where, "attn.attention.v_proj", C, C, 0);
+    }
+    m.ln_f = part(&file, "", names[LN_F], 0, C, 1);
+    m.head = (Part){m.embed, NULL, C, m.V};                     /* tied: the embedding once more */
+    if (!yes(config, "tie_word_embeddings")) m.head = part(&file, "", names[HEAD], C, m.V, 0);
     return m;
 }
 
 /* ---- The answers ---------------------------------------------------------------------------- */
 
-static void write_ids(FILE *file, const char *key, const int *ids, int count) {
-    fprintf(file, "\"%s\": [", key);
-    for (int i = 0; i < count; i++) fprintf(file, "%s%d", i ? ", " : "", ids[i]);
-    fputs("]", file);
-}
-
+/* The ids that follow the prompt, first without the cache and then with it. */
 static void answer_greedy(Model *m, const char *folder, const char *answers) {
     Json *task = read_json(name_of("%s/greedy.json", folder));
-    int T = 0, count = 0, *ids[2];
+    FILE *file = fopen(name_of("%s/greedy.json", answers), "w");
+    int T = 0, count = 0;
     for (Json *id = get(task, "prompt", '[')->child; id; id = id->next) T++;
     for (Json *id = get(task, "continuation", '[')->child; id; id = id->next) count++;
-    for (int cached = 0; cached < 2; cached++) {
-        int *next = ids[cached] = take(T + count, sizeof(int));
-        for (Json *id = get(task, "prompt", '[')->child; id; id = id->next) *next++ = (int)id->number;
-        greedy(m, ids[cached], T, count, cached);
-    }
-    FILE *file = fopen(name_of("%s/greedy.json", answers), "w");
     if (!file) fail("%s cannot be written", answers);
-    fputs("{", file), write_ids(file, "continuation", ids[0] + T, count);
-    fputs(", ", file), write_ids(file, "cached_continuation", ids[1] + T, count);
-    fputs("}\n", file), fclose(file);
+    for (int cached = 0; cached < 2; cached++) {
+        int *ids = take(T + count, sizeof(int)), *next = ids;
+        for (Json *id = get(task, "prompt", '[')->child; id; id = id->next)
+            *next++ = (int)id->number;
+        greedy(m, ids, T, count, cached);
+        fputs(cached ? ", \"cached_continuation\": [" : "{\"continuation\": [", file);
+        for (int i = T; i < T + count; i++) fprintf(file, "%s%d", i > T ? ", " : "", ids[i]);
+        fputs("]", file);
+    }
+    fputs("}\n", file);
+    fclose(file);
 }
 
 static void answer_case(const char *folder, const char *answers) {
@@ -489,7 +490,8 @@ static void answer_case(const char *folder, const char *answers) {
     forward(&m, ids, T, 0, hidden, logits);
     write_npy(name_of("%s/logits.npy", answers), logits, T, m.V);
     for (int i = 0; i <= m.L; i++)
-        write_npy(name_of("%s/hidden_states.%d.npy", answers, i), hidden + (size_t)i * T * m.C, T, m.C);
+        write_npy(name_of("%s/hidden_states.%d.npy", answers, i), hidden + (size_t)i * T * m.C, T,
+                  m.C);
     for (int t = 0; t < T; t++) forward(&m, ids + t, 1, t, NULL, logits + (size_t)t * m.V);
     write_npy(name_of("%s/cached_logits.npy", answers), logits, T, m.V);
     answer_greedy(&m, folder, answers);
