@@ -3,7 +3,7 @@
 # make port       the port in C is built, answers the test vectors, and is judged
 # make test       the quick whole of the tests
 # make test-all   everything, the long grids too
-# make test-cpus  the quick whole once for each kind of processor that can be imitated here
+# make test-cpus  what a processor can change, as if on other processors
 # make notebooks  every notebook run anew from its source
 #
 # Each sets up .venv by itself.  Set-up talks on standard error, so `make -s demo > text` is the text.
@@ -12,13 +12,6 @@ PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check --quiet
 
 .PHONY: demo finetune port test test-all test-cpus notebooks clean
-
-# What imitates other processors: torch's own kernels, the BLAS of numpy (which multiplies in Triton's
-# interpreter) and of torch, oneDNN; and other numbers of threads.
-CPUS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell \
-       OPENBLAS_CORETYPE=Zen MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-       ONEDNN_MAX_CPU_ISA=AVX2 TEST_THREADS=2 TEST_THREADS=4 \
-       $(shell grep -q avx512f /proc/cpuinfo 2>/dev/null && echo OPENBLAS_CORETYPE=SkylakeX)
 
 demo: .venv/run
 	@.venv/bin/python generate.py "HAMLET." --temperature 0.8 --top-p 0.9 --seed 1 --max-new-tokens 160
@@ -34,16 +27,13 @@ port: .venv/run
 	@.venv/bin/python compare.py --check-vectors .venv/port/vectors .venv/port/answers
 
 test: .venv/test
-	.venv/bin/python -m pytest -n auto -m "not slow and not official"
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow and not official"
 
 test-all: .venv/test
-	.venv/bin/python -m pytest -n auto
+	.venv/bin/python -m pytest -n auto --dist worksteal
 
 test-cpus: .venv/test
-	@failed=; for setting in $(CPUS); do echo "== $$setting"; \
-		env $$setting .venv/bin/python -m pytest -n auto -m "not slow and not official" \
-			|| failed="$$failed $$setting"; \
-	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+	.venv/bin/python tests/cpus.py
 
 notebooks: .venv/test
 	.venv/bin/python notebooks/build.py
