@@ -592,12 +592,23 @@ class AutoModelForSequenceClassification(AutoModelForCausalLM):
 
 
 class AutoTokenizer:
-    """GPT2Tokenizer or GPTNeoXTokenizerFast, as config.json's model_type says."""
+    """The tokenizer class that the checkpoint's files name, else that of config.json's model_type.
+
+    As in transformers, tokenizer_class in tokenizer_config.json comes first, then the one in config.json, so
+    that a folder may hold a tokenizer alone.
+    """
 
     @staticmethod
-    def from_pretrained(name_or_folder, revision=None, **kwargs):
-        """Arguments and errors are tokenizer.GPT2Tokenizer.from_pretrained's."""
-        from tokenizer import GPT2Tokenizer, GPTNeoXTokenizerFast
-        family = read_config(name_or_folder, revision)["model_type"]
-        tokenizer_class = {"gpt_neo": GPT2Tokenizer, "gpt_neox": GPTNeoXTokenizerFast}[family]
-        return tokenizer_class.from_pretrained(name_or_folder, revision=revision, **kwargs)
+    def from_pretrained(name_or_folder, *, revision=None, **kwargs):
+        """Arguments and errors are tokenizer.Tokenizer.from_pretrained's."""
+        from tokenizer import class_named
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        path = fetch(name_or_folder, "tokenizer_config.json", revision, required=False, **hub)
+        named = read_json(path).get("tokenizer_class") if path else None
+        if named is None:
+            path = fetch(name_or_folder, "config.json", revision, **hub)
+            raw = read_config(name_or_folder, revision, **hub)
+            named = raw.get("tokenizer_class") or {"gpt_neo": "GPT2Tokenizer",
+                                                   "gpt_neox": "GPTNeoXTokenizer"}[raw["model_type"]]
+        has_json = fetch(name_or_folder, "tokenizer.json", revision, required=False, **hub) is not None
+        return class_named(named, path, has_json).from_pretrained(name_or_folder, revision=revision, **kwargs)

@@ -24,20 +24,17 @@ its own accord, and both recognise "<|endoftext|>" wherever it is written in the
 import codecs
 import json
 import operator
-import os
 import re
 import unicodedata
+import warnings
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 
-from files import fetch
-
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-SETTINGS = ("padding_side", "model_max_length")
-UNLIMITED = int(1e30)                  # transformers' model_max_length where no file gives one
-OFF = (None, False)
+from files import shown, write_files
+from tokenizer_settings import (CONFIG, EXTRA, NAMED, UNLIMITED, AddedToken, check_config, content,
+                                find_files, is_id, is_text, read_files, wrong)
 
 # GPT-2's regex (openai/gpt-2, src/encoder.py) as tiktoken spells it: the same words, with
 # possessive quantifiers (++), which do not backtrack.
@@ -45,8 +42,25 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 
 
 # ------------------------------------------------------------------------------------------------
-# Bytes and characters
+# Byte-pair encoding
 # ------------------------------------------------------------------------------------------------
+
+def bpe(word, ranks):
+    """Byte-pair encoding: the ids of one word, which is given as bytes.
+
+    ranks: {bytes: id} of all tokens.  A merge that was learned earlier has made a smaller id, so
+    the earliest merge that fits is the pair of neighbours that together have the smallest id.
+    Everything below calls tiktoken, which gives the same ids and is about a hundred times faster.
+    """
+    parts = [word[i:i + 1] for i in range(len(word))]
+    while True:
+        joined = [left + right for left, right in zip(parts, parts[1:])]
+        fits = [(ranks[token], i) for i, token in enumerate(joined) if token in ranks]
+        if not fits:
+            return [ranks[part] for part in parts]
+        _, first = min(fits)
+        parts[first:first + 2] = [joined[first]]
+
 
 def byte_alphabet():
     """{character: byte}: how the files write bytes.  Space is "Ġ", newline "Ċ", "a" is "a".
@@ -70,228 +84,8 @@ def token_bytes(token):
         return token.encode()
 
 
-# tokenizers' NFC is that of Unicode 9: it does not know combining marks of later versions.  Python
-# knows more of them in each release, so the text between such characters is normalized piecewise.
-LATER_THAN_UNICODE_9 = re.compile(
-    "([\u05C8\u05C9\u07FD\u0897-\u08D3\u09FE\u0C3C\u0D3B\u0D3C\u0EBA\u1715\u1ABF-\u1AF0"
-    "\u1DF6-\u1DFA\uA82C\U000105C9-\U000105E4\U00010D24-\U00010F85\U00011070\U0001133B"
-    "\U000113B8-\U000113D0\U0001145E\U00011839-\U00011A99\U00011D42-\U00011F42"
-    "\U0001611E-\U0001612F\U00016D67\U00016D68\U00016FF0\U00016FF1\U0001D127\U0001D128"
-    "\U0001D250-\U0001D281\U0001E08F-\U0001E6F5])")
-
-
-def nfc(text):
-    """Unicode normal form C: a letter and its accents become one character where there is one."""
-    if text.isascii():
-        return text
-    pieces = LATER_THAN_UNICODE_9.split(text)
-    return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
-
-
 # ------------------------------------------------------------------------------------------------
-# Reading the files
-# ------------------------------------------------------------------------------------------------
-
-def find_file(name_or_folder, filename, revision, required=False):
-    """Path of one file, in a folder or on the hub; None if it is not there and not required."""
-    path = Path(name_or_folder) / filename
-    if not path.parent.is_dir():
-        return fetch(name_or_folder, filename, revision, required)
-    if required and not path.is_file():
-        raise FileNotFoundError(f"no tokenizer.json and no {filename} in {path.parent}: copy the "
-                                "checkpoint's tokenizer.json, or vocab.json and merges.txt, there")
-    return path if path.is_file() else None
-
-
-def find_files(name_or_folder, revision=None):
-    """{file name: path}.  tokenizer.json comes before vocab.json + merges.txt (transformers)."""
-    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json"]
-    found = {f: find_file(name_or_folder, f, revision) for f in names}
-    if not found["tokenizer.json"]:
-        for f in ("vocab.json", "merges.txt"):
-            found[f] = find_file(name_or_folder, f, revision, required=True)
-    return {f: path for f, path in found.items() if path}
-
-
-def read_json(path):
-    """The JSON object in a file; {} where there is no file."""
-    if path is None:
-        return {}
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): get the file again") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds a {type(data).__name__}")
-    return data
-
-
-def read_merges(path):
-    """The pairs of merges.txt: one merge a line, earliest first, after a "#version" line."""
-    pairs = []
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
-        if line.startswith("#version"):
-            continue
-        pairs.append(line.split(" "))
-        if len(pairs[-1]) != 2 or not all(pairs[-1]):
-            raise ValueError(f"{path}, line {number}: {line!r} is not two tokens and a space")
-    return pairs
-
-
-def demand(where, settings, **supported):
-    """What would change the ids or the text must have a value that is implemented here."""
-    for key, values in supported.items():
-        if (value := (settings or {}).get(key)) not in values:
-            names = " or ".join(repr(v) for v in values)
-            raise ValueError(f"{where}: {key} is {value!r}; what is supported is {names}")
-
-
-def read_tokenizer_json(path):
-    """tokenizer.json -> vocabulary, merges, list of added tokens, whether it normalizes to NFC."""
-    data = read_json(path)
-    model, normalizer = data.get("model"), data.get("normalizer")
-    if not isinstance(model, dict) or "vocab" not in model or "merges" not in model:
-        raise ValueError(f"{path}: no model with vocab and merges; what is supported is BPE")
-    demand(f"{path}, model", model, type=(None, "BPE"), dropout=(None, 0), byte_fallback=OFF,
-           ignore_merges=OFF, continuing_subword_prefix=(None, ""), end_of_word_suffix=(None, ""))
-    demand(f"{path}, normalizer", normalizer, type=(None, "NFC"))
-    demand(f"{path}, pre_tokenizer", data.get("pre_tokenizer"), type=("ByteLevel",),
-           add_prefix_space=OFF, use_regex=(None, True))
-    demand(f"{path}, decoder", data.get("decoder"), type=("ByteLevel",))
-    demand(f"{path}, post_processor", data.get("post_processor"), special_tokens=(None, {}),
-           type=(None, "ByteLevel", "TemplateProcessing"))       # a template that adds no tokens
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    for i, pair in enumerate(merges):
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"{path}: model.merges[{i}] is {model['merges'][i]!r}, not two tokens")
-    return model["vocab"], merges, data.get("added_tokens") or [], normalizer is not None
-
-
-def read_config(paths):
-    """tokenizer_config.json, with special_tokens_map.json where transformers reads that as well."""
-    path = paths.get("tokenizer_config.json")
-    config = read_json(path)
-    demand(path, config, add_prefix_space=OFF, split_special_tokens=OFF)
-    if "tokenizer.json" not in paths:                            # whose post_processor says it
-        demand(path, config, add_bos_token=OFF, add_eos_token=OFF)
-    if "added_tokens_decoder" not in config:                     # newer configs hold everything
-        config |= read_json(paths.get("special_tokens_map.json"))
-    return config
-
-
-def content(token):
-    """Tokens are written "<|x|>", or {"content": "<|x|>", ...} with flags."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def special_names(config):
-    """The texts of all tokens that a config calls special."""
-    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    more = list(more.values()) if isinstance(more, dict) else more
-    named = [config.get(name) for name in NAMED]
-    return [content(token) for token in named + more if token is not None]
-
-
-class AddedToken(NamedTuple):
-    """A token that is cut out of the text before BPE sees it."""
-    id: int
-    special: bool              # decode(..., skip_special_tokens=True) leaves it out
-    normalized: bool           # sought in the normalized text, not in the raw text
-
-
-def read_added_tokens(paths, config, entries):
-    """{text: AddedToken}: of tokenizer.json (entries), added_tokens.json, tokenizer_config.json."""
-    special = special_names(config)
-    if "added_tokens_decoder" not in config:
-        entries = entries + [dict(id=id, content=text, special=text in special)
-                             for text, id in read_json(paths.get("added_tokens.json")).items()]
-    entries = entries + [dict(token, id=int(id))
-                         for id, token in config.get("added_tokens_decoder", {}).items()]
-    added = {}
-    for entry in entries:
-        text, is_special = entry["content"], entry.get("special", False)
-        demand(f"added token {text!r}", entry, single_word=OFF, lstrip=OFF, rstrip=OFF)
-        added[text] = AddedToken(entry["id"], is_special, entry.get("normalized", not is_special))
-    return added
-
-
-# ------------------------------------------------------------------------------------------------
-# Byte-pair encoding
-# ------------------------------------------------------------------------------------------------
-
-def check_vocab(path, vocab):
-    """Ids are different whole numbers, and every byte of UTF-8 text has one."""
-    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
-        raise ValueError(f"{path}: in a vocabulary each token has an id that is a whole number")
-    if len(set(vocab.values())) != len(vocab):
-        raise ValueError(f"{path}: two tokens of the vocabulary have the same id")
-    missing = [f"{b:02X}" for c, b in BYTE.items() if c not in vocab and b not in NEVER_IN_UTF8]
-    if missing:
-        raise ValueError(f"{path} is not a byte-level vocabulary: {len(missing)} of the bytes have "
-                         f"no token, such as {missing[0]}")
-
-
-def rival(left, right, vocab, halves):
-    """The pair, if any, that merges across the seam of left|right before both have come about.
-
-    Goes back in time: undo the later of the two tokens' own merges, and see whether the pieces
-    that then meet at the seam could merge earlier than what was undone.
-    """
-    while len(left) > 1 or len(right) > 1:
-        if len(right) == 1 or (len(left) > 1 and vocab[left] > vocab[right]):
-            undone, left = vocab[left], halves[left][1]
-        else:                                      # in a tie the seam, being further left, is first
-            undone, right = vocab[right] + 1, halves[right][0]
-        if left + right in halves and vocab[left + right] < undone:
-            return left, right
-
-
-def mergeable_ranks(path, vocab, merges):
-    """{bytes: id} for tiktoken, after a proof that it will merge exactly as the merges say.
-
-    The files list merges of pairs.  tiktoken knows only tokens: it joins any two neighbours that
-    together are a token, lowest id first, and takes a word that is a token as it is.  That is the
-    same if ids grow with the merges and no token can come about but by its own merge.
-    """
-    halves, last = {}, -1
-    for left, right in merges:
-        token, where = left + right, f"{path}: merge {left!r} {right!r}"
-        for part in (left, right):
-            if part not in vocab or not (part in BYTE or part in halves):
-                raise ValueError(f"{where} uses {part!r}, which no byte and no earlier merge makes")
-        if vocab.get(token, -1) <= last:
-            raise ValueError(f"{where}: ids must grow with the merges, but {token!r} has "
-                             f"{vocab.get(token, 'none')}, after {last}")
-        if pair := rival(left, right, vocab, halves):
-            raise ValueError(f"{where} can never happen, for {pair[0]!r} {pair[1]!r} comes first; "
-                             "tiktoken would do it all the same, so this file cannot be used")
-        halves[token], last = (left, right), vocab[token]
-    return {token_bytes(t): vocab[t] for t in (*(c for c in BYTE if c in vocab), *halves)}
-
-
-def matcher(texts):
-    """Regex that cuts out any of these texts: at each place the longest, as tokenizers does."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-
-
-LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")     # Python's \s has U+001C to U+001F, WORDS' not
-
-
-def cut_long_space(text):
-    """Cuts where WORDS cuts too: before the last space of a run, which belongs to the next word.
-
-    WORDS backtracks only in \\s+(?!\\S), but from 1,000,000 spaces on tiktoken panics there.
-    """
-    if len(text) < 1_000_000:
-        return [text]
-    cuts = [run.end() - 1 for run in LONG_SPACE.finditer(text) if run.end() < len(text)]
-    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
-
-
-# ------------------------------------------------------------------------------------------------
-# The tokenizers
+# What a tokenizer takes and returns
 # ------------------------------------------------------------------------------------------------
 
 class Encoding(dict):
@@ -311,17 +105,50 @@ class Encoding(dict):
         return self
 
 
+# Arguments of transformers' tokenizers that are not implemented here, with the values at which
+# they change nothing.
+NEUTRAL_IN_CALL = {
+    "text_target": (None,), "text_pair_target": (None,), "stride": (0,),
+    "is_split_into_words": (False,), "return_overflowing_tokens": (False,),
+    "return_special_tokens_mask": (False,), "return_offsets_mapping": (False,),
+    "return_length": (False,), "split_special_tokens": (None, False), "tokenizer_kwargs": (None, {}),
+    "verbose": (True, False)}
+NEUTRAL_IN_DECODE = {"spaces_between_special_tokens": (True, False), "use_source_tokenizer": (False,)}
+NEUTRAL_IN_LOADING = {
+    "use_fast": (True, False, None), "trust_remote_code": (False, None), "force_download": (False,),
+    "subfolder": (None, ""), "proxies": (None,), "legacy": (None, True, False), "gguf_file": (None,),
+    "code_revision": (None,), "tokenizer_type": (None,), "use_auth_token": (None,)}
+
+
+def check_neutral(function, arguments, neutral):
+    """Raises TypeError for an argument that is unknown, or not at a value that changes nothing."""
+    for name, value in arguments.items():
+        if name not in neutral:
+            raise TypeError(f"{function} does not know {shown(name)}")
+        if not any(type(value) is type(n) and value == n for n in neutral[name]):
+            raise TypeError(f"{function}: {name}={shown(value)} is not implemented here; accepted is "
+                            + " or ".join(map(repr, neutral[name])))
+
+
 def check_option(name, value, supported):
-    if value not in supported:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, supported))}, not {value!r}")
+    if not any(type(value) is type(s) and value == s for s in supported):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, supported))}, not {shown(value)}")
 
 
-def tensor(rows):
-    """(B, T) int64."""
-    import torch                                       # here: the rest of this file does without
+def check_count(name, value):
+    """A length: None, or a whole number above 0."""
+    if value is not None and not (type(value) is int and value > 0):
+        raise ValueError(f"{name} must be a whole number, at least 1, not {shown(value)}")
+
+
+def tensor(rows, kind):
+    """(B, T) int64, for kind "pt" a tensor and for "np" an array."""
     if len(lengths := {len(row) for row in rows}) > 1:
         raise ValueError(f"the texts have {min(lengths)} to {max(lengths)} tokens, and a tensor "
                          "needs rows of one length: pass padding=True")
+    if kind == "np":
+        return np.array(rows, dtype=np.int64)
+    import torch                                       # here: the rest of this file does without
     return torch.tensor(rows, dtype=torch.long)
 
 
@@ -346,7 +173,7 @@ def named_token(name):
 
     def set_token(self, token):
         if token is not None and token not in self._ids:
-            raise ValueError(f"{name} cannot be {token!r}: there is no such token, and the model "
+            raise ValueError(f"{name} cannot be {shown(token)}: there is no such token, and the model "
                              f"has no row for it; tokenizer.{name} = tokenizer.eos_token would do")
         self._named[name] = token
 
@@ -359,90 +186,51 @@ def named_token(name):
     return property(token, set_token), property(id, set_id)
 
 
+def side(name):
+    """The property padding_side or truncation_side."""
+    def set_side(self, side):
+        check_option(name, side, ("left", "right"))
+        self.__dict__["_" + name] = side
+    return property(lambda self: self.__dict__["_" + name], set_side)
+
+
+# ------------------------------------------------------------------------------------------------
+# The tokenizers
+# ------------------------------------------------------------------------------------------------
+
 class Tokenizer:
     """Reads a checkpoint's files; turns text into ids and ids into text."""
-    defaults = dict.fromkeys(NAMED, "<|endoftext|>")   # where no file says otherwise
-    normalizes = False                                 # vocab.json + merges.txt cannot say it
+    defaults = dict.fromkeys(NAMED)                    # where no file says otherwise
+    normalizes = None                                  # True, False, or as tokenizer.json says
     saved_class = None                                 # by this name transformers finds its own
+    is_fast = True
     bos_token, bos_token_id = named_token("bos_token")
     eos_token, eos_token_id = named_token("eos_token")
     unk_token, unk_token_id = named_token("unk_token")
+    sep_token, sep_token_id = named_token("sep_token")
     pad_token, pad_token_id = named_token("pad_token")
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder, *, revision=None, **overrides):
-        """From a folder or a hub id.  Overrides: the named tokens, padding_side, ..."""
-        if unknown := overrides.keys() - {*NAMED, *SETTINGS}:
-            raise TypeError(f"from_pretrained does not know {', '.join(sorted(unknown))}; it knows "
-                            f"revision, {', '.join((*NAMED, *SETTINGS))}")
-        paths = find_files(name_or_folder, revision)
-        try:
-            return cls(paths, overrides)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"the tokenizer files of {name_or_folder} are not in the official "
-                             f"format ({error!r})") from error
-
-    def __init__(self, paths, overrides):
-        self._files = {name: path.read_bytes() for name, path in paths.items()}
-        if source := paths.get("tokenizer.json"):
-            vocab, merges, entries, self._nfc = read_tokenizer_json(source)
-        else:
-            source, self._nfc = paths["vocab.json"], self.normalizes
-            vocab, merges, entries = read_json(source), read_merges(paths["merges.txt"]), []
-        check_vocab(source, vocab)
-        self._bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={},
-                                      mergeable_ranks=mergeable_ranks(source, vocab, merges))
-        self._config = read_config(paths) | overrides
-        self._index(source, vocab, read_added_tokens(paths, self._config, entries))
-        self.vocab_size = len(vocab)                   # without added tokens, as in transformers
-        self.padding_side = self._config.get("padding_side", "right")
-        self.model_max_length = int(self._config.get("model_max_length") or UNLIMITED)
-
-    def _index(self, source, vocab, added):
-        """The tables between tokens, ids and bytes, the named tokens, the texts to cut out."""
-        self._ids = vocab | {text: token.id for text, token in added.items()}
-        self._tokens = {id: text for text, id in self._ids.items()}
-        if len(self._tokens) != len(self._ids) or self._ids != self._ids | vocab:
-            raise ValueError(f"{source}: vocabulary and added tokens disagree about an id")
-        self._bytes = {id: token_bytes(text) for id, text in self._tokens.items()}
-        self._named = {}
-        for name, default in self.defaults.items():
-            usual = default if default in self._ids else None
-            token = content(self._config[name]) if name in self._config else usual
-            setattr(self, name, token)
-        for text in special_names(self._config | self._named):
-            if text not in self._ids:
-                raise ValueError(f"special token {text!r} has no id in {source} or beside it")
-            token = added.get(text, AddedToken(self._ids[text], True, normalized=False))
-            added[text] = token._replace(special=True)
-        self._added = added
-        self._special = {token.id for token in added.values() if token.special}
-        self._raw = {text: token.id for text, token in added.items() if not token.normalized}
-        self._normalized = {self._normalize(text): token.id
-                            for text, token in added.items() if token.normalized}
-        self._cut_raw, self._cut_normalized = matcher(self._raw), matcher(self._normalized)
-
-    @property
-    def padding_side(self):
-        """The side on which a batch is padded: "left" for generation, "right" for training."""
-        return self._padding_side
-
-    @padding_side.setter
-    def padding_side(self, side):
-        check_option("padding_side", side, ("left", "right"))
-        self._padding_side = side
-
-    def __len__(self):
-        return len(self._ids)                          # a model may have more rows than this
+    cls_token, cls_token_id = named_token("cls_token")
+    mask_token, mask_token_id = named_token("mask_token")
+    padding_side = side("padding_side")                # "left" to generate, "right" to train
+    truncation_side = side("truncation_side")          # the side that is cut off
 
     # -- text -> ids -----------------------------------------------------------------------------
 
-    def encode(self, text):
+    def encode(self, text, text_pair=None, **options):
         """Ids of a text.  Special tokens written in it are recognised; none are added.
 
-        In the order of tokenizers' added_vocabulary.rs, extract_and_normalize: cut added tokens out
-        of the raw text; normalize each piece left; cut out those that are sought in normalized text
-        (GPT-NeoX's runs of spaces); each piece left then goes through BPE by itself.
+        options: those of calling the tokenizer, such as return_tensors="pt", which gives (1, T).
+        """
+        if text_pair is not None or options:
+            return self(text, text_pair, **options)["input_ids"]
+        return self._encode(text)
+
+    def _encode(self, text):
+        """In the order of tokenizers' added_vocabulary.rs, extract_and_normalize.
+
+        Cut added tokens out of the raw text; normalize each piece left; cut out those that are
+        looked for in normalized text (GPT-NeoX's runs of spaces); each piece left then goes
+        through BPE by itself.
         """
         if not isinstance(text, str):
             hint = ": .decode('utf-8') it first" if isinstance(text, bytes) else ""
@@ -470,43 +258,112 @@ class Tokenizer:
     def _normalize(self, text):
         return nfc(text) if self._nfc else text
 
+    def tokenize(self, text, pair=None, add_special_tokens=False):
+        """The tokens of a text as the files write them: ["Hello", "Ġworld"]."""
+        return self.convert_ids_to_tokens(self._encode(text) + (self._encode(pair) if pair else []))
+
     def __call__(self, text, text_pair=None, *, return_tensors=None, padding=False, truncation=None,
-                 max_length=None, add_special_tokens=True):
+                 max_length=None, pad_to_multiple_of=None, padding_side=None, add_special_tokens=True,
+                 return_attention_mask=None, return_token_type_ids=None, **neutral):
         """One text or a list of them -> Encoding(input_ids, attention_mask), for **inputs.
 
         text_pair: a second text for each, whose ids follow at once; pairs are not truncated.
-        add_special_tokens: taken either way, for these tokenizers have none to add.
-        padding: True or "longest", "max_length", or False.  truncation: on the right, to max_length
-        or model_max_length; max_length alone switches it on.  return_tensors: "pt" or None (lists).
+        padding, pad_to_multiple_of, padding_side: as for pad.  truncation: on truncation_side, to
+        max_length or model_max_length; max_length alone switches it on.  return_tensors: "pt",
+        "np" or None (lists).  add_special_tokens: taken either way, for there are none to add.
+        return_token_type_ids: 0 for the ids of text and 1 for those of text_pair.
         """
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"tokenized is a str or a list of str, not {type(text).__name__}")
-        check_option("return_tensors", return_tensors, (None, "pt"))
-        check_option("padding", padding, (False, None, True, "longest", "max_length"))
-        check_option("truncation", truncation, (False, None, True, "longest_first"))
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1, not {max_length}")
-        rows = [self.encode(t) for t in ([text] if isinstance(text, str) else text)]
+        check_neutral("calling a tokenizer", neutral, NEUTRAL_IN_CALL)
+        check_option("padding", padding, (False, None, True, "longest", "max_length", "do_not_pad"))
+        check_option("truncation", truncation,
+                     (False, None, True, "longest_first", "only_first", "do_not_truncate"))
+        check_count("max_length", max_length)
+        texts = [text] if isinstance(text, str) else text
+        rows = [self._encode(t) for t in texts]
         if not rows:
             raise ValueError("the list of texts is empty")
-        if text_pair is not None:
-            pairs = [text_pair] if isinstance(text_pair, str) else text_pair
-            if len(pairs) != len(rows):
-                raise ValueError(f"{len(rows)} texts, but text_pair has {len(pairs)}")
-            if truncation or (max_length and not padding):
-                raise ValueError("pairs of texts are not truncated here: leave out truncation and max_length")
-            rows = [row + self.encode(pair) for row, pair in zip(rows, pairs)]
-        if truncation or (truncation is None and max_length and not padding):  # as in transformers
-            rows = [row[:max_length or self.model_max_length] for row in rows]
-        masks = [[1] * len(row) for row in rows]
-        if padding:
-            length = self._padded_length(rows, padding, max_length)
-            masks = [self._pad(mask, 0, length) for mask in masks]
-            rows = [self._pad(row, self.pad_token_id, length) for row in rows]
-        if return_tensors == "pt":
-            return Encoding(input_ids=tensor(rows), attention_mask=tensor(masks))
-        rows, masks = (rows[0], masks[0]) if isinstance(text, str) else (rows, masks)
-        return Encoding(input_ids=rows, attention_mask=masks)
+        if truncation is None and max_length and padding is False:         # as in transformers
+            truncation = True
+        truncation = truncation not in (None, False, "do_not_truncate")
+        pairs = self._encode_pairs(text, text_pair, rows, truncation)
+        if truncation:
+            length = max_length or self.model_max_length
+            if padding and pad_to_multiple_of and length < UNLIMITED and length % pad_to_multiple_of:
+                raise ValueError(f"truncation to {length} tokens, which is not a multiple of "
+                                 f"pad_to_multiple_of ({pad_to_multiple_of})")
+            rows = [row[-length:] if self.truncation_side == "left" else row[:length] for row in rows]
+        out = {"input_ids": [row + pair for row, pair in zip(rows, pairs)],
+               "token_type_ids": [[0] * len(row) + [1] * len(pair) for row, pair in zip(rows, pairs)],
+               "attention_mask": [[1] * (len(row) + len(pair)) for row, pair in zip(rows, pairs)]}
+        wanted = dict(token_type_ids=return_token_type_ids, attention_mask=return_attention_mask)
+        for name, want in wanted.items():
+            if not (name in self.model_input_names if want is None else want):
+                del out[name]
+        self._pad(out, padding, max_length, pad_to_multiple_of, padding_side)
+        if return_tensors is None and isinstance(text, str):
+            return Encoding({name: rows[0] for name, rows in out.items()})
+        return as_tensors(out, return_tensors)
+
+    batch_encode_plus = encode_plus = __call__
+
+    def _encode_pairs(self, text, text_pair, rows, truncation):
+        """The ids of the second texts; [] for each text where there is none."""
+        if text_pair is None:
+            return [[] for _ in rows]
+        pairs = [text_pair] if isinstance(text_pair, str) else text_pair
+        if len(pairs) != len(rows) or isinstance(text, str) != isinstance(text_pair, str):
+            raise ValueError(f"{len(rows)} texts, but text_pair has {len(pairs)}")
+        if truncation:
+            raise ValueError("pairs of texts are not truncated here: leave out truncation and max_length")
+        return [self._encode(pair) for pair in pairs]
+
+    def pad(self, encoded, padding=True, max_length=None, pad_to_multiple_of=None, padding_side=None,
+            return_attention_mask=None, return_tensors=None, verbose=True):
+        """Rows of one length, from what calling the tokenizer gave: a dict, or a list of dicts.
+
+        padding: True or "longest", "max_length" (max_length or model_max_length), or False.
+        pad_to_multiple_of: then up to the next multiple.  padding_side: in place of the tokenizer's
+        own.  What is neither ids nor a mask, such as labels, is left as it is.
+        """
+        if isinstance(encoded, (list, tuple)):
+            if not encoded or not all(isinstance(row, dict) for row in encoded):
+                raise TypeError("pad takes a dict with input_ids, or a list of such dicts")
+            encoded = {name: [row[name] for row in encoded] for name in encoded[0]}
+        if not isinstance(encoded, dict) or "input_ids" not in encoded:
+            raise ValueError("pad needs input_ids: give it what calling the tokenizer returned")
+        if return_tensors is None:
+            return_tensors = tensor_kind(encoded["input_ids"])
+        out = {name: as_lists(value) for name, value in encoded.items()}
+        alone = bool(out["input_ids"]) and isinstance(out["input_ids"][0], int)
+        if alone:
+            out = {name: [value] for name, value in out.items()}
+        if len({len(rows) for rows in out.values()}) > 1:
+            raise ValueError("pad needs as many rows of each: " + ", ".join(
+                f"{name} has {len(rows)}" for name, rows in out.items()))
+        if return_attention_mask or (return_attention_mask is None and "attention_mask" in self.model_input_names):
+            out.setdefault("attention_mask", [[1] * len(row) for row in out["input_ids"]])
+        self._pad(out, padding, max_length, pad_to_multiple_of, padding_side)
+        if alone:
+            out = {name: rows[0] for name, rows in out.items()}
+        return as_tensors(out, return_tensors)
+
+    def _pad(self, out, padding, max_length, multiple, padding_side):
+        """Fills up the rows of input_ids and of what goes with each id, in place."""
+        check_option("padding", padding, (False, None, True, "longest", "max_length", "do_not_pad"))
+        check_option("padding_side", padding_side, (None, "left", "right"))
+        check_count("pad_to_multiple_of", multiple)
+        check_count("max_length", max_length)
+        if padding in (False, None, "do_not_pad") or not out["input_ids"]:
+            return
+        length = self._padded_length(out["input_ids"], padding, max_length)
+        length += -length % (multiple or 1)
+        fills = dict(input_ids=self.pad_token_id, attention_mask=0, token_type_ids=0, special_tokens_mask=1)
+        left = (padding_side or self.padding_side) == "left"
+        for name in fills.keys() & out.keys():
+            filled = [(row, [fills[name]] * (length - len(row))) for row in out[name]]
+            out[name] = [fill + row if left else row + fill for row, fill in filled]
 
     def _padded_length(self, rows, padding, max_length):
         if self.pad_token is None:
@@ -518,24 +375,27 @@ class Tokenizer:
             raise ValueError("padding='max_length' needs max_length: the checkpoint gives none")
         return length
 
-    def _pad(self, row, value, length):
-        fill = [value] * (length - len(row))
-        return fill + row if self.padding_side == "left" else row + fill
-
     # -- ids -> text -----------------------------------------------------------------------------
 
     def _pieces(self, ids, skip_special_tokens):
         """The bytes of each id.  Rows that pad a model's embedding beyond len(self) have none."""
-        skip = self._special if skip_special_tokens else ()
+        skip = self._special_ids if skip_special_tokens else ()
         return (b"" if i in skip else self._bytes.get(i, b"") for i in ids)
 
-    def decode(self, ids, skip_special_tokens=False):
-        """Text of a list or tensor of ids, or of one id.  What is not UTF-8 becomes U+FFFD."""
+    def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **neutral):
+        """Text of a list or tensor of ids, or of one id.  What is not UTF-8 becomes U+FFFD.
+
+        clean_up_tokenization_spaces changes nothing: transformers 5 ignores it for BPE as well.
+        """
+        check_option("clean_up_tokenization_spaces", clean_up_tokenization_spaces, (None, False, True))
+        check_neutral("decode", neutral, NEUTRAL_IN_DECODE)
+        if clean_up_tokenization_spaces:
+            warnings.warn("clean_up_tokenization_spaces=True is ignored for a byte-level BPE", stacklevel=2)
         return b"".join(self._pieces(id_list(ids), skip_special_tokens)).decode("utf-8", "replace")
 
-    def batch_decode(self, rows, skip_special_tokens=False):
+    def batch_decode(self, rows, skip_special_tokens=False, **options):
         """The texts of many rows of ids, such as model.generate returns."""
-        return [self.decode(row, skip_special_tokens) for row in rows]
+        return [self.decode(row, skip_special_tokens, **options) for row in rows]
 
     def stream(self, ids, skip_special_tokens=False):
         """Yields the text of ids as they come.  All of it together is what decode gives.
@@ -549,9 +409,41 @@ class Tokenizer:
         if text := utf8.decode(b"", final=True):
             yield text
 
-    def convert_ids_to_tokens(self, ids):
+    # -- tokens and ids --------------------------------------------------------------------------
+
+    def __len__(self):
+        return len(self._ids)                          # a model may have more rows than this
+
+    def get_vocab(self):
+        """{token: id} of all tokens, the added ones among them."""
+        return dict(self._ids)
+
+    vocab = property(get_vocab)
+
+    def get_added_vocab(self):
+        """{token: id} of the added tokens, in increasing id."""
+        return {text: self._ids[text] for text in sorted(self._added, key=self._ids.get)}
+
+    added_tokens_encoder = property(get_added_vocab)
+
+    @property
+    def special_tokens_map(self):
+        """{name: token} of the named tokens that there are."""
+        return {name: token for name, token in self._named.items() if token is not None}
+
+    @property
+    def all_special_tokens(self):
+        """The named tokens, then the extra special tokens, each once."""
+        return list(dict.fromkeys([*self.special_tokens_map.values(), *self.extra_special_tokens]))
+
+    @property
+    def all_special_ids(self):
+        return self.convert_tokens_to_ids(self.all_special_tokens)
+
+    def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
         """Tokens as the files write them ("Ġworld"); None for an id that has none."""
-        tokens = [self._tokens.get(i) for i in id_list(ids)]
+        skip = {self._ids[token] for token in self.all_special_tokens} if skip_special_tokens else ()
+        tokens = [self._tokens.get(i) for i in id_list(ids) if i not in skip or isinstance(ids, int)]
         return tokens[0] if isinstance(ids, int) else tokens
 
     def convert_tokens_to_ids(self, tokens):
@@ -559,39 +451,345 @@ class Tokenizer:
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         if tokens not in self._ids:
-            raise ValueError(f"the vocabulary has no token {tokens!r} (a space is written 'Ġ')")
+            raise ValueError(f"the vocabulary has no token {shown(tokens)} (a space is written 'Ġ')")
         return self._ids[tokens]
 
-    # -- saving ----------------------------------------------------------------------------------
+    def convert_tokens_to_string(self, tokens):
+        """The text of tokens as the files write them."""
+        return b"".join(map(token_bytes, tokens)).decode("utf-8", "replace")
+
+    def num_special_tokens_to_add(self, pair=False):
+        return 0
+
+    # -- more tokens -----------------------------------------------------------------------------
+
+    def add_tokens(self, tokens, special_tokens=False):
+        """Adds tokens behind the last id, and returns how many were new.
+
+        tokens: a text, an AddedToken, or a list of them.  A model needs
+        model.resize_token_embeddings(len(tokenizer)) before it sees their ids.
+        """
+        tokens = list(tokens) if isinstance(tokens, (list, tuple)) and not isinstance(tokens, AddedToken) else [tokens]
+        tokens = [as_added_token(token, special_tokens) for token in tokens]
+        count = sum([self._add(token) for token in tokens])
+        self._index()
+        return count
+
+    def add_special_tokens(self, special_tokens, replace_extra_special_tokens=True):
+        """Names tokens, {"pad_token": "<pad>", "extra_special_tokens": [...]}, and adds the new ones."""
+        tokens, named, extra = [], {}, list(self.extra_special_tokens)
+        for name, value in special_tokens.items():
+            if name in EXTRA and isinstance(value, (list, tuple)):
+                new = [as_added_token(token, True) for token in value]
+                texts = [token.content for token in new]
+                extra = texts if texts and replace_extra_special_tokens else extra + [
+                    text for text in texts if text not in extra]
+                tokens += new
+            elif name in NAMED:
+                tokens.append(as_added_token(value, True))
+                named[name] = tokens[-1].content
+            else:
+                raise ValueError(f"{shown(name)} is not a special token; they are {', '.join(NAMED)} "
+                                 f"and {EXTRA[0]}, which is a list")
+        count = self.add_tokens(tokens)
+        self._named |= named
+        self.extra_special_tokens = extra
+        return count
+
+    def _add(self, token):
+        """One added token, with the id that `tokenizers` would give it; 1 if that changed anything."""
+        text = token.content
+        id = self._ids.get(text)
+        if id is None:
+            id = max([self.vocab_size - 1, *(self._ids[other] for other in self._added)]) + 1
+            if id in self._taken:
+                raise wrong(self._source, f"added token {shown(text)}", f"would have id {id}, which is taken")
+        changed = self._added.get(text) != token._replace(id=id)
+        self._ids[text] = id
+        self._taken.add(id)
+        self._added[text] = token._replace(id=id)
+        if token.special:                              # it stays special, whatever is said later
+            self._special.add(text)
+        return int(changed)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, *, revision=None, cache_dir=None, local_files_only=False,
+                        token=None, **overrides):
+        """From a folder or a hub id.  overrides: the named tokens, padding_side, ..., which come
+        before what the files say, as far as tokenizer_settings.CONFIG allows them."""
+        hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        neutral = {name: overrides.pop(name) for name in NEUTRAL_IN_LOADING if name in overrides}
+        check_neutral("from_pretrained", neutral, NEUTRAL_IN_LOADING)
+        if unknown := overrides.keys() - CONFIG.keys():
+            raise TypeError(f"from_pretrained does not know {', '.join(sorted(unknown))}; it knows "
+                            f"revision, cache_dir, local_files_only, token, {', '.join(CONFIG)}")
+        check_config("from_pretrained", overrides, cls, False)
+        paths = find_files(name_or_folder, revision, **{name: v for name, v in hub.items() if v})
+        tokenizer = cls(paths, overrides)
+        tokenizer.name_or_path = str(name_or_folder)
+        return tokenizer
+
+    def __init__(self, paths, overrides):
+        self._files = {name: path.read_bytes() for name, path in paths.items()}
+        read = read_files(paths, overrides, type(self))
+        check_vocab(read.source, read.vocab)
+        self._source, self._nfc, self._config = read.source, read.nfc, read.config
+        self._bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={}, mergeable_ranks=(
+            mergeable_ranks(read.source, read.vocab, read.merges)))
+        self.vocab_size = len(read.vocab)              # without added tokens, as in transformers
+        self._ids, self._taken = dict(read.vocab), set(read.vocab.values())
+        self._added, self._special = {}, set()
+        self._add_all(read)
+        self._index()
+        self.padding_side = read.config.get("padding_side", "right")
+        self.truncation_side = read.config.get("truncation_side", "right")
+        length = read.config.get("model_max_length", read.config.get("max_len"))
+        self.model_max_length = int(length or UNLIMITED)
+        self.model_input_names = read.config.get("model_input_names", ["input_ids", "attention_mask"])
+
+    def _add_all(self, read):
+        """Adds what the files list and name, in the order of transformers' TokenizersBackend.
+
+        A token without an id gets the next one.  An id that a file gives must be the one that
+        transformers would give, which does not read it.
+        """
+        named = {name: read.config.get(name, default) for name, default in self.defaults.items()}
+        self._named = {name: token and content(token) for name, token in named.items()}
+        extra = read.config.get("extra_special_tokens") or read.config.get("additional_special_tokens") or []
+        self.extra_special_tokens = [content(token) for token in extra]
+        tokens = [] if self.normalizes is not None else read.in_file
+        tokens = tokens + [token._replace(special=token.special or token.content in self._named.values())
+                           for token in read.listed]
+        listed = {token.content for token in tokens}
+        for token in [*named.values(), *extra]:
+            if token is not None and content(token) not in listed:
+                listed.add(content(token))
+                special = content(token) in self._named.values() or (
+                    isinstance(token, str) and token in self.extra_special_tokens)
+                tokens.append(as_added_token(token, special))
+        for token in tokens:
+            self._add(token)
+        for token in read.in_file + read.listed:
+            if self._ids.get(token.content) != token.id:
+                raise wrong(read.source, f"added token {shown(token.content)}", f"its id is given as {token.id}, "
+                            f"but would be {self._ids.get(token.content, 'none')} in transformers")
+
+    def _index(self):
+        """The tables between tokens, ids and bytes, and the texts to cut out."""
+        self._tokens = {id: text for text, id in self._ids.items()}
+        self._bytes = {id: token_bytes(text) for id, text in self._tokens.items()}
+        self._special_ids = {self._ids[text] for text in self._special}
+        self._raw = {text: token.id for text, token in self._added.items() if not token.normalized}
+        self._normalized = {self._normalize(text): token.id
+                            for text, token in self._added.items() if token.normalized}
+        self._cut_raw, self._cut_normalized = matcher(self._raw), matcher(self._normalized)
 
     def save_pretrained(self, folder):
-        """Writes the very files that were read, and tokenizer_config.json with today's settings."""
+        """Writes the very files that were read, and tokenizer_config.json with today's settings.
+
+        tokenizer.json is written anew where tokens have been added since.
+        """
         folder = Path(folder)
         if "tokenizer.json" not in self._files and (folder / "tokenizer.json").exists():
             raise ValueError(f"{folder} has a tokenizer.json already, which would be read instead "
                              "of what is saved now: remove it, or save to another folder")
-        added = {str(token.id): dict(content=text, special=token.special, lstrip=False,
-                                     rstrip=False, single_word=False, normalized=token.normalized)
-                 for text, token in self._added.items()}
+        added = {self._ids[text]: dict(
+            content=text, special=text in self._special, lstrip=False, rstrip=False, single_word=False,
+            normalized=self._added[text].normalized) for text in self.get_added_vocab()}
         config = self._config | self._named | dict(
             tokenizer_class=self.saved_class, padding_side=self.padding_side,
-            model_max_length=self.model_max_length, added_tokens_decoder=added)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in (self._files | {"tokenizer_config.json": text.encode()}).items():
-            beside = folder / f".{name}.{os.getpid()}"
-            beside.write_bytes(data)
-            os.replace(beside, folder / name)          # so that nobody ever reads half a file
+            truncation_side=self.truncation_side, model_max_length=self.model_max_length,
+            extra_special_tokens=self.extra_special_tokens, added_tokens_decoder=added)
+        config.pop("additional_special_tokens", None)
+        files = self._files | {"tokenizer_config.json": pretty(config)}
+        if "tokenizer.json" in files:
+            data = json.loads(files["tokenizer.json"])
+            if len(added) > len(data["added_tokens"]):
+                data["added_tokens"] = [dict(id=id, **token) for id, token in added.items()]
+                files["tokenizer.json"] = pretty(data)
+        essential = "tokenizer.json" if "tokenizer.json" in files else "vocab.json"
+        write_files(folder, dict(sorted(files.items(), key=lambda file: file[0] == essential)))
 
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-Neo's.  It has no pad token unless the checkpoint or the caller names one."""
-    defaults = Tokenizer.defaults | {"pad_token": None}
+    defaults = Tokenizer.defaults | dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")
+    normalizes = False
     saved_class = "GPT2Tokenizer"
 
 
 class GPTNeoXTokenizerFast(Tokenizer):
     """GPT-NeoX's and Pythia's.  "Fast" is only the name that transformers gave it."""
-    defaults = Tokenizer.defaults | {"pad_token": "<|padding|>"}
+    defaults = GPT2Tokenizer.defaults | {"pad_token": "<|padding|>"}
     normalizes = True
     saved_class = "GPTNeoXTokenizer"
+
+
+class PreTrainedTokenizerFast(Tokenizer):
+    """A tokenizer.json of another kind than the two families', as Polyglot-Ko has: no defaults."""
+    saved_class = "PreTrainedTokenizerFast"
+
+
+# transformers' names, as tokenizer_config.json gives them in tokenizer_class.
+CLASSES = {
+    "GPT2Tokenizer": GPT2Tokenizer, "GPT2TokenizerFast": GPT2Tokenizer,
+    "GPTNeoXTokenizer": GPTNeoXTokenizerFast, "GPTNeoXTokenizerFast": GPTNeoXTokenizerFast,
+    "PreTrainedTokenizerFast": PreTrainedTokenizerFast, "TokenizersBackend": PreTrainedTokenizerFast}
+
+
+def class_named(name, path, has_json):
+    """The class for tokenizer_class as `path` gives it; ValueError, in one line, for another kind."""
+    if isinstance(name, str) and name in CLASSES:
+        return CLASSES[name]
+    if has_json and isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer":
+        return PreTrainedTokenizerFast                 # as transformers does where it is byte-level
+    raise wrong(path, "tokenizer_class", f"{shown(name)} is not supported; supported are {', '.join(CLASSES)}: "
+                                         "use transformers' tokenizer for it")
+
+
+# -- small helpers -------------------------------------------------------------------------------
+
+def as_added_token(token, special):
+    """An AddedToken from a text, an entry of a file, or a token object of transformers'."""
+    if isinstance(token, str):
+        token = AddedToken(token, special, not special)
+    elif isinstance(token, dict):
+        special = special or token.get("special", False)
+        token = AddedToken(token["content"], special, token.get("normalized", not token.get("special", False)))
+    elif any(getattr(token, flag, False) for flag in ("lstrip", "rstrip", "single_word")):
+        raise ValueError(f"added token {shown(token.content)}: lstrip, rstrip and single_word are not "
+                         "implemented here")
+    elif not isinstance(token, AddedToken):
+        if not hasattr(token, "content"):
+            raise TypeError(f"a token must be a str or an AddedToken, not {type(token).__name__}")
+        token = AddedToken(token.content, special or token.special, token.normalized)
+    if not is_text(token.content):
+        raise ValueError(f"a token cannot be {shown(token.content)}")
+    return token._replace(special=token.special or special)
+
+
+def pretty(data):
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def as_lists(value):
+    """Lists in place of tensors and arrays, and of lists of them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [v.tolist() if hasattr(v, "tolist") else v for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def tensor_kind(ids):
+    """"pt" or "np" where the ids are tensors or arrays, or a list of them; else None."""
+    first = ids if hasattr(ids, "tolist") else next(iter(ids), None)
+    if not hasattr(first, "tolist"):
+        return None
+    return "np" if isinstance(first, np.ndarray) else "pt"
+
+
+def as_tensors(out, kind):
+    check_option("return_tensors", kind, (None, "pt", "np"))
+    if kind is None:
+        return Encoding(out)
+    return Encoding({name: tensor(rows, kind) for name, rows in out.items()})
+
+
+
+# ------------------------------------------------------------------------------------------------
+# Checking a vocabulary, and why tiktoken gives what the merges say
+# ------------------------------------------------------------------------------------------------
+
+def check_vocab(path, vocab):
+    """Ids are different whole numbers, and every byte of UTF-8 text has one."""
+    for token, id in vocab.items():
+        if not (is_text(token) and is_id(id)):
+            raise wrong(path, f"vocabulary, {shown(token)}",
+                        f"{shown(id)} is not an id (a whole number from 0 to 4294967295) of a text")
+    if len(set(vocab.values())) != len(vocab):
+        raise wrong(path, "vocabulary", "two tokens have the same id")
+    missing = [f"{b:02X}" for c, b in BYTE.items() if c not in vocab and b not in NEVER_IN_UTF8]
+    if missing:
+        raise wrong(path, "vocabulary", f"is not byte-level: {len(missing)} of the bytes have no "
+                                        f"token, such as {missing[0]}")
+
+
+def rival(left, right, vocab, halves):
+    """The pair, if any, that merges across the seam of left|right before both have come about.
+
+    Goes back in time: undo the later of the two tokens' own merges, and see whether the pieces
+    that then meet at the seam could merge earlier than what was undone.
+    """
+    while len(left) > 1 or len(right) > 1:
+        if len(right) == 1 or (len(left) > 1 and vocab[left] > vocab[right]):
+            undone, left = vocab[left], halves[left][1]
+        else:                                      # in a tie the seam, being further left, is first
+            undone, right = vocab[right] + 1, halves[right][0]
+        if left + right in halves and vocab[left + right] < undone:
+            return left, right
+
+
+def mergeable_ranks(path, vocab, merges):
+    """{bytes: id} for tiktoken, after a proof that it will merge exactly as the merges say.
+
+    The files list merges of pairs.  tiktoken knows only tokens: it joins any two neighbours that
+    together are a token, lowest id first, and takes a word that is a token as it is.  That is the
+    same if ids grow with the merges and no token can come about but by its own merge.
+    """
+    halves, last = {}, -1
+    for left, right in merges:
+        token, field = left + right, f"merge {shown(left)} {shown(right)}"
+        for part in (left, right):
+            if part not in vocab or not (part in BYTE or part in halves):
+                raise wrong(path, field, f"uses {shown(part)}, which no byte and no earlier merge makes")
+        if vocab.get(token, -1) <= last:
+            raise wrong(path, field, f"ids must grow with the merges, but {shown(token)} has "
+                                     f"{vocab.get(token, 'none')}, after {last}")
+        if pair := rival(left, right, vocab, halves):
+            raise wrong(path, field, f"can never happen, for {shown(pair[0])} {shown(pair[1])} comes "
+                        "first; tiktoken would do it all the same, so this file cannot be used")
+        halves[token], last = (left, right), vocab[token]
+    return {token_bytes(t): vocab[t] for t in (*(c for c in BYTE if c in vocab), *halves)}
+
+
+def matcher(texts):
+    """Regex that cuts out any of these texts: at each place the longest, as tokenizers does."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+
+LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")     # Python's \s has U+001C to U+001F, WORDS' not
+
+
+def cut_long_space(text):
+    """Cuts where WORDS cuts too: before the last space of a run, which belongs to the next word.
+
+    WORDS backtracks only in \\s+(?!\\S), but from 1,000,000 spaces on tiktoken panics there.
+    """
+    if len(text) < 1_000_000:
+        return [text]
+    cuts = [run.end() - 1 for run in LONG_SPACE.finditer(text) if run.end() < len(text)]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
+
+
+# ------------------------------------------------------------------------------------------------
+# Unicode normalization, exactly as the library `tokenizers` does it
+# ------------------------------------------------------------------------------------------------
+
+# tokenizers' NFC is that of Unicode 9: it does not know combining marks of later versions.  Python
+# knows more of them in each release, so the text between such characters is normalized piecewise.
+LATER_THAN_UNICODE_9 = re.compile(
+    "([\u05C8\u05C9\u07FD\u0897-\u08D3\u09FE\u0C3C\u0D3B\u0D3C\u0EBA\u1715\u1ABF-\u1AF0"
+    "\u1DF6-\u1DFA\uA82C\U000105C9-\U000105E4\U00010D24-\U00010F85\U00011070\U0001133B"
+    "\U000113B8-\U000113D0\U0001145E\U00011839-\U00011A99\U00011D42-\U00011F42"
+    "\U0001611E-\U0001612F\U00016D67\U00016D68\U00016FF0\U00016FF1\U0001D127\U0001D128"
+    "\U0001D250-\U0001D281\U0001E08F-\U0001E6F5])")
+
+
+def nfc(text):
+    """Unicode normal form C: a letter and its accents become one character where there is one."""
+    if text.isascii():
+        return text
+    pieces = LATER_THAN_UNICODE_9.split(text)
+    return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
