@@ -414,7 +414,7 @@ def test_a_classifier_is_no_language_model(checkpoint, tmp_path, capsys):
     (["--seed", "-1"], "--seed must be at least 0"), (["--seed", str(10**23)], "--seed must be at least 0"),
     (["--steps", str(10**23)], "--steps must be above 0 and below 2^31"), (["--threads", "2000"], "--threads must be"),
     (["--vocab-size", str(10**23)], "--vocab-size must be above 0 and below 2^31"),
-    (["--hidden-size", str(2 * 10**8)], "out of memory"),
+    (["--hidden-size", str(6 * 10**7)], "out of memory"),
     (["--family", "gpt2"], "argument --family: invalid choice: 'gpt2'"), (["--valid"], "argument --valid: expected"),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"), (["--nonsense"], "unrecognized arguments"),
     (["--device", "gpu"], "--device gpu cannot be used here"), (["--device", "meta"], "--device meta cannot"),
