@@ -122,13 +122,28 @@ def norm_eps(model):
             yield [(norm, "eps", eps) for norm in norms(model)]
 
 
+def norm_no_bias(model):
+    yield [(norm, "bias", None) for norm in norms(model)]
+
+
+def rms_norm(model):
+    """Without a bias, as an RMSNorm is, and with it."""
+    for has_bias in (False, True):
+        yield [own_norm(norm, lambda x: 0.0, lambda x: x.square().mean(-1, keepdim=True), has_bias)
+               for norm in norms(model)]
+
+
 def norm_unbiased_variance(model):
-    def wrong(norm):
-        def forward(x):
-            variance = x.var(-1, keepdim=True, correction=1)
-            return (x - x.mean(-1, keepdim=True)) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
-        return forward
-    yield [(norm, "forward", wrong(norm)) for norm in norms(model)]
+    yield [own_norm(norm, lambda x: x.mean(-1, keepdim=True), lambda x: x.var(-1, keepdim=True, correction=1))
+           for norm in norms(model)]
+
+
+def own_norm(norm, mean, variance, has_bias=True):
+    """The patch that computes a LayerNorm with another mean or variance."""
+    def forward(x):
+        y = (x - mean(x)) / (variance(x) + norm.eps).sqrt() * norm.weight
+        return y + norm.bias if has_bias and norm.bias is not None else y
+    return norm, "forward", forward
 
 
 def activation(function):
@@ -517,6 +532,11 @@ MISTAKES = [
             "Neither tokenizer adds a first token; compare the same ids.", extra_first_token),
     Mistake("logits-shifted", None, "The logits stand one position too early or too late.",
             "Row i of the logits is what the model says after reading token i.", logits_shifted),
+    # The next two: github.com/nntile/nntile, pull request 359.
+    Mistake("no-norm-bias", None, "The biases of the LayerNorms are not added.",
+            "Every LayerNorm has a weight and a bias.", norm_no_bias),
+    Mistake("rms-norm", None, "RMSNorm stands in the place of LayerNorm: the mean is not subtracted.",
+            "LayerNorm: (x - mean) / sqrt(variance + eps) * weight + bias.", rms_norm),
     # --- GPT-Neo
     Mistake("local-first", NEO, "Global and local layers have changed places.",
             "attention_types [[['global', 'local'], n]]: even layers are global, odd ones local.",

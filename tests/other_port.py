@@ -128,9 +128,12 @@ class Port:
 
     def norm(self, x, name):
         mean = x.mean(-1, keepdims=True)
+        bias = 0 if "no-norm-bias" in self.bad or self.bad.get("rms-norm") == "" else self.w[name + ".bias"]
+        if "rms-norm" in self.bad:
+            mean = self.dtype(0)
         square = ((x - mean) ** 2).sum(-1, keepdims=True)
         variance = square / (self.C - 1 if "norm-unbiased-variance" in self.bad else self.C)
-        return (x - mean) / np.sqrt(variance + self.dtype(self.eps)) * self.w[name + ".weight"] + self.w[name + ".bias"]
+        return (x - mean) / np.sqrt(variance + self.dtype(self.eps)) * self.w[name + ".weight"] + bias
 
     def linear(self, x, name, transposed=False, bias=True):
         W = self.w[name + ".weight"]

@@ -32,7 +32,7 @@ SHAPES = {
 }
 
 BOTH = """no-causal-mask no-causal-mask=window-kept no-final-norm norm-eps norm-eps=1e-12 norm-unbiased-variance
-    gelu-exact gelu-tanh gelu-sigmoid relu no-out-bias no-mlp-bias no-mlp-bias=up no-mlp-bias=down out-transposed
+    no-norm-bias rms-norm rms-norm=biased gelu-exact gelu-tanh gelu-sigmoid relu no-out-bias no-mlp-bias no-mlp-bias=up no-mlp-bias=down out-transposed
     heads-not-transposed heads-not-transposed=in softmax-bfloat16 softmax-bfloat16=inputs softmax-bfloat16=outputs
     softmax-bfloat16=inside weights-float16 weights-float16=matrices weights-bfloat16 weights-bfloat16=matrices
     weights-int8 weights-int8=blocks weights-int8=linears embedding-scaled extra-first-token=bos
