@@ -108,6 +108,15 @@ def test_the_cases_hide_nothing():
     assert ({c.activation_function for c in neo} | {c.hidden_act for c in neox}
             == {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
     assert V.ROWS > V.TOKENS and {c.vocab_size for c in configs} == {V.ROWS}
+    assert all(c.intermediate_size != 4 * c.hidden_size for c in configs)
+
+
+@pytest.mark.parametrize("case", V.CASES)
+def test_rows_without_a_token_are_small_and_not_zero(case, folder):
+    """As in official checkpoints, so that a port may choose among all rows or among the tokens."""
+    logits = load_file(folder / case / "answers.safetensors")["logits"][0]
+    assert logits.argmax(-1).max() < V.TOKENS and logits[:, V.TOKENS:].abs().min() > 0
+    assert logits[:, V.TOKENS:].norm(dim=0).max() < 0.5 * logits.norm(dim=0).mean()
 
 
 def test_tokenizer_cases_are_transformers_own(folder):
