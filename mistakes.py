@@ -486,6 +486,7 @@ class Mistake:
     sentence: str                          # what the mistake is
     fix: str                               # how to put it right in a port
     plant: Callable                        # model -> variants, each a list of patches
+    cost: dict                             # by family: relative difference of the logits, as `measured`
     rounds: bool = False
     whole_text: bool = False
 
@@ -493,120 +494,173 @@ class Mistake:
 MISTAKES = [
     # --- both families
     Mistake("no-causal-mask", None, "Queries read keys that come after them.",
-            "Let query i read key j only where j <= i.", no_causal_mask, whole_text=True),
+            "Let query i read key j only where j <= i.", no_causal_mask, whole_text=True,
+            cost={NEO: 0.93, NEOX: 0.36}),
     Mistake("no-final-norm", None, "The LayerNorm after the last block is left out.",
-            "Apply ln_f (final_layer_norm) once before the head.", no_final_norm),
+            "Apply ln_f (final_layer_norm) once before the head.", no_final_norm,
+            cost={NEO: 7.7, NEOX: 5.5}),
     Mistake("norm-eps", None, "LayerNorm adds another epsilon to the variance than config.json names.",
-            "Read layer_norm_epsilon (GPT-Neo) or layer_norm_eps (GPT-NeoX); it is 1e-5.", norm_eps),
+            "Read layer_norm_epsilon (GPT-Neo) or layer_norm_eps (GPT-NeoX); it is 1e-5.", norm_eps,
+            cost={NEO: 0.00023, NEOX: 0.00011}),
     Mistake("norm-unbiased-variance", None, "LayerNorm divides the sum of squares by C - 1.",
-            "Divide by C: LayerNorm takes the biased variance.", norm_unbiased_variance),
+            "Divide by C: LayerNorm takes the biased variance.", norm_unbiased_variance,
+            cost={NEO: 0.017, NEOX: 0.0097}),
     Mistake("gelu-exact", None, "GELU is computed with erf where config.json names the tanh form.",
             "gelu_new, gelu_fast and gelu_pytorch_tanh all mean 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).",
-            gelu_exact),
+            gelu_exact,
+            cost={NEO: 0.00048, NEOX: 0.0002}),
     Mistake("gelu-tanh", None, "GELU is computed with tanh where config.json names the exact form.",
-            '"gelu" means 0.5 x (1 + erf(x / sqrt(2))).', gelu_tanh),
+            '"gelu" means 0.5 x (1 + erf(x / sqrt(2))).', gelu_tanh,
+            cost={NEOX: 0.00019}),
     Mistake("gelu-sigmoid", None, "GELU is approximated as x sigmoid(1.702 x).",
             "Use the form that config.json names; this approximation is another function.",
-            activation(lambda x: x * torch.sigmoid(1.702 * x))),
-    Mistake("relu", None, "The activation is ReLU.", "Use the GELU that config.json names.", activation(F.relu)),
+            activation(lambda x: x * torch.sigmoid(1.702 * x)),
+            cost={NEO: 0.022, NEOX: 0.0093}),
+    Mistake("relu", None, "The activation is ReLU.", "Use the GELU that config.json names.", activation(F.relu),
+            cost={NEO: 0.18, NEOX: 0.1}),
     Mistake("no-out-bias", None, "The bias of attention's output projection is not added.",
-            "Add out_proj.bias (GPT-NeoX: dense.bias).", no_out_bias),
+            "Add out_proj.bias (GPT-NeoX: dense.bias).", no_out_bias,
+            cost={NEO: 0.2, NEOX: 0.071}),
     Mistake("no-mlp-bias", None, "A bias of the MLP is not added.",
-            "Both matrices of the MLP have a bias.", no_mlp_bias),
+            "Both matrices of the MLP have a bias.", no_mlp_bias,
+            cost={NEO: 0.31, NEOX: 0.15}),
     Mistake("out-transposed", None, "The matrix of attention's output projection is read transposed.",
-            "Files hold (outputs, inputs): y = x Wᵀ + b.", out_transposed),
+            "Files hold (outputs, inputs): y = x Wᵀ + b.", out_transposed,
+            cost={NEO: 1.3, NEOX: 0.73}),
     Mistake("heads-not-transposed", None, "The heads' outputs (B, H, T, D) are joined without being "
             "transposed to (B, T, H, D).", "Transpose heads and tokens before joining the heads.",
-            heads_not_transposed, whole_text=True),
+            heads_not_transposed, whole_text=True,
+            cost={NEO: 1.3, NEOX: 0.69}),
     Mistake("softmax-bfloat16", None, "The softmax over the scores is computed in bfloat16.",
-            "Compute scores and softmax in float32.", softmax_bfloat16, rounds=True),
+            "Compute scores and softmax in float32.", softmax_bfloat16, rounds=True,
+            cost={NEO: 0.021, NEOX: 0.0021}),
     Mistake("weights-float16", None, "The weights were rounded to float16.",
-            "Keep the weights in the dtype of the file.", weights_rounded_to(torch.float16)),
+            "Keep the weights in the dtype of the file.", weights_rounded_to(torch.float16),
+            cost={NEO: 0.0035, NEOX: 0.0007}),
     Mistake("weights-bfloat16", None, "The weights were rounded to bfloat16.",
-            "Keep the weights in the dtype of the file.", weights_rounded_to(torch.bfloat16)),
+            "Keep the weights in the dtype of the file.", weights_rounded_to(torch.bfloat16),
+            cost={NEO: 0.029, NEOX: 0.0059}),
     Mistake("weights-int8", None, "The matrices were rounded to 8-bit integers with a scale for each row.",
-            "Compare before quantizing, or compare with a tolerance that allows for it.", weights_int8),
+            "Compare before quantizing, or compare with a tolerance that allows for it.", weights_int8,
+            cost={NEO: 0.075, NEOX: 0.015}),
     Mistake("embedding-scaled", None, "The embedding is multiplied by sqrt(C).",
-            "Neither family scales its embedding.", embedding_scaled),
+            "Neither family scales its embedding.", embedding_scaled,
+            cost={NEO: 1.1, NEOX: 0.31}),
     Mistake("extra-first-token", None, "A token that is not in the ids stands before them.",
-            "Neither tokenizer adds a first token; compare the same ids.", extra_first_token),
+            "Neither tokenizer adds a first token; compare the same ids.", extra_first_token,
+            cost={NEO: 1.1, NEOX: 0.22}),
     Mistake("logits-shifted", None, "The logits stand one position too early or too late.",
-            "Row i of the logits is what the model says after reading token i.", logits_shifted),
+            "Row i of the logits is what the model says after reading token i.", logits_shifted,
+            cost={NEO: 1.1, NEOX: 0.97}),
     # The next two: github.com/nntile/nntile, pull request 359.
     Mistake("no-norm-bias", None, "The biases of the LayerNorms are not added.",
-            "Every LayerNorm has a weight and a bias.", norm_no_bias),
+            "Every LayerNorm has a weight and a bias.", norm_no_bias,
+            cost={NEO: 0.73, NEOX: 0.34}),
     Mistake("rms-norm", None, "RMSNorm stands in the place of LayerNorm: the mean is not subtracted.",
-            "LayerNorm: (x - mean) / sqrt(variance + eps) * weight + bias.", rms_norm),
+            "LayerNorm: (x - mean) / sqrt(variance + eps) * weight + bias.", rms_norm,
+            cost={NEO: 0.88, NEOX: 0.38}),
     # --- GPT-Neo
     Mistake("local-first", NEO, "Global and local layers have changed places.",
             "attention_types [[['global', 'local'], n]]: even layers are global, odd ones local.",
-            windows(lambda own, W: None if own else W)),
+            windows(lambda own, W: None if own else W),
+            cost={NEO: 0.97}),
     Mistake("all-global", NEO, "Local layers read the whole text.",
             "In a local layer query i reads keys j with 0 <= i - j < window_size.",
-            windows(lambda own, W: None)),
+            windows(lambda own, W: None),
+            cost={NEO: 0.55}),
     Mistake("all-local", NEO, "Global layers have a window too.",
-            "Only the layers that attention_types calls local have a window.", windows(lambda own, W: W)),
+            "Only the layers that attention_types calls local have a window.", windows(lambda own, W: W),
+            cost={NEO: 0.94}),
     Mistake("window-plus-one", NEO, "The window of local layers is one key too long.",
             "The window counts the query itself: i - j < window_size, not <=.",
-            windows(lambda own, W: own and own + 1)),
+            windows(lambda own, W: own and own + 1),
+            cost={NEO: 0.26}),
     Mistake("window-minus-one", NEO, "The window of local layers is one key too short.",
             "The window counts the query itself: window_size keys in all.",
-            windows(lambda own, W: own and max(1, own - 1))),
+            windows(lambda own, W: own and max(1, own - 1)),
+            cost={NEO: 0.28}),
     Mistake("window-in-blocks", NEO, "Local layers read blocks of keys in place of a window that moves "
             "with the query.", "In a local layer query i reads keys j with 0 <= i - j < window_size.",
-            window_in_blocks),
+            window_in_blocks,
+            cost={NEO: 0.52}),
     Mistake("scaled-scores", NEO, "Attention scores are divided by sqrt(D).",
-            "GPT-Neo does not scale its scores; it was trained so.", scaled_scores),
+            "GPT-Neo does not scale its scores; it was trained so.", scaled_scores,
+            cost={NEO: 0.54}),
     Mistake("no-position-embedding", NEO, "The position embedding is not added.",
-            "The first hidden state is wte[ids] + wpe[positions].", no_position_embedding),
+            "The first hidden state is wte[ids] + wpe[positions].", no_position_embedding,
+            cost={NEO: 1.1}),
     Mistake("positions-from-one", NEO, "Positions are counted from 1.", "Count positions from 0.",
-            positions_from(1)),
+            positions_from(1),
+            cost={NEO: 1.1}),
     Mistake("positions-from-two", NEO, "Positions are counted from 2.", "Count positions from 0.",
-            positions_from(2)),
+            positions_from(2),
+            cost={NEO: 1.1}),
     Mistake("q-transposed", NEO, "The matrix of q is read transposed.",
-            "Files hold (outputs, inputs): q = x Wᵀ.", projection_transposed("q_proj")),
+            "Files hold (outputs, inputs): q = x Wᵀ.", projection_transposed("q_proj"),
+            cost={NEO: 1.1}),
     Mistake("k-transposed", NEO, "The matrix of k is read transposed.",
-            "Files hold (outputs, inputs): k = x Wᵀ.", projection_transposed("k_proj")),
+            "Files hold (outputs, inputs): k = x Wᵀ.", projection_transposed("k_proj"),
+            cost={NEO: 1.1}),
     Mistake("v-transposed", NEO, "The matrix of v is read transposed.",
-            "Files hold (outputs, inputs): v = x Wᵀ.", projection_transposed("v_proj")),
+            "Files hold (outputs, inputs): v = x Wᵀ.", projection_transposed("v_proj"),
+            cost={NEO: 1.3}),
     # --- GPT-NeoX
     Mistake("qkv-thirds", NEOX, "The rows of query_key_value are cut into thirds for q, k and v.",
-            "Cut the rows by heads first, then each head's 3 D rows into q, k and v.", qkv_thirds),
+            "Cut the rows by heads first, then each head's 3 D rows into q, k and v.", qkv_thirds,
+            cost={NEOX: 0.75}),
     Mistake("qkv-order", NEOX, "q, k and v of each head are taken in another order.",
-            "Each head's 3 D rows are q, then k, then v.", qkv_order),
+            "Each head's 3 D rows are q, then k, then v.", qkv_order,
+            cost={NEOX: 0.78}),
     Mistake("no-qkv-bias", NEOX, "The bias of query_key_value is not added.",
-            "Add query_key_value.bias, unless attention_bias is false.", no_qkv_bias),
+            "Add query_key_value.bias, unless attention_bias is false.", no_qkv_bias,
+            cost={NEOX: 0.13}),
     Mistake("one-norm", NEOX, "Attention and MLP share one LayerNorm.",
-            "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", one_norm),
+            "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", one_norm,
+            cost={NEOX: 0.41}),
     Mistake("norms-swapped", NEOX, "The two LayerNorms of a block have changed places.",
-            "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", norms_swapped),
+            "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", norms_swapped,
+            cost={NEOX: 0.54}),
     Mistake("sequential-residual", NEOX, "The MLP reads attention's result where it should read the block's input.",
-            "use_parallel_residual true (the default): x + attn(ln_1(x)) + mlp(ln_2(x)).", residual(False)),
+            "use_parallel_residual true (the default): x + attn(ln_1(x)) + mlp(ln_2(x)).", residual(False),
+            cost={NEOX: 0.94}),
     Mistake("parallel-residual", NEOX, "The MLP reads the block's input where it should read attention's result.",
-            "use_parallel_residual false: a = x + attn(ln_1(x)), then a + mlp(ln_2(a)).", residual(True)),
+            "use_parallel_residual false: a = x + attn(ln_1(x)), then a + mlp(ln_2(a)).", residual(True),
+            cost={NEOX: 0.94}),
     Mistake("rotary-all-dims", NEOX, "All D dims of each head are rotated.",
-            "Rotate the first R = int(D * rotary_pct) dims; the others pass through.", rotary_all_dims),
+            "Rotate the first R = int(D * rotary_pct) dims; the others pass through.", rotary_all_dims,
+            cost={NEOX: 0.38}),
     Mistake("rotary-neighbours", NEOX, "The rotation pairs neighbouring dims (2i, 2i + 1), as GPT-J does.",
-            "Pair dims i and i + R/2.", with_rotate(neighbours)),
+            "Pair dims i and i + R/2.", with_rotate(neighbours),
+            cost={NEOX: 0.27}),
     Mistake("rotary-last-dims", NEOX, "The last R dims of each head are rotated.",
-            "Rotate the first R dims.", with_rotate(last_dims)),
-    Mistake("rotary-q-only", NEOX, "Only one of q and k is rotated.", "Rotate q and k.", rotary_q_only),
+            "Rotate the first R dims.", with_rotate(last_dims),
+            cost={NEOX: 0.35}),
+    Mistake("rotary-q-only", NEOX, "Only one of q and k is rotated.", "Rotate q and k.", rotary_q_only,
+            cost={NEOX: 0.24}),
     Mistake("rotary-opposite-sign", NEOX, "The rotation turns in the other direction.",
-            "(a, b) becomes (a cos - b sin, b cos + a sin).", rotary_opposite_sign),
+            "(a, b) becomes (a cos - b sin, b cos + a sin).", rotary_opposite_sign,
+            cost={NEOX: 0.26}),
     Mistake("rotary-base", NEOX, "The rotation has another base than config.json names.",
-            "Read rotary_emb_base (rope_theta); it is 10000 in EleutherAI's models.", rotary_base),
+            "Read rotary_emb_base (rope_theta); it is 10000 in EleutherAI's models.", rotary_base,
+            cost={NEOX: 0.23}),
     Mistake("rotary-denominator", NEOX, "The frequencies are base^(-2i/D).",
-            "They are base^(-2i/R): the denominator is the number of rotated dims.", rotary_denominator),
+            "They are base^(-2i/R): the denominator is the number of rotated dims.", rotary_denominator,
+            cost={NEOX: 0.28}),
     Mistake("rotary-bfloat16", NEOX, "Angles or tables of the rotation are rounded to bfloat16.",
-            "Compute positions, frequencies, angles, sines and cosines in float32.", rotary_bfloat16, rounds=True),
+            "Compute positions, frequencies, angles, sines and cosines in float32.", rotary_bfloat16, rounds=True,
+            cost={NEOX: 0.0006}),
     Mistake("no-rotary", NEOX, "q and k are not rotated.",
-            "Rotate the first R dims of q and k by their positions.", with_rotate(lambda x, cos, sin: x)),
+            "Rotate the first R dims of q and k by their positions.", with_rotate(lambda x, cos, sin: x),
+            cost={NEOX: 0.26}),
     Mistake("no-scale", NEOX, "Attention scores are not divided by sqrt(D).",
-            "Multiply the scores by D^-0.5.", no_scale),
+            "Multiply the scores by D^-0.5.", no_scale,
+            cost={NEOX: 0.32}),
     Mistake("scale-by-width", NEOX, "Attention scores are divided by sqrt(C).",
-            "Divide by sqrt(D), D the width of one head.", scale_by_width),
+            "Divide by sqrt(D), D the width of one head.", scale_by_width,
+            cost={NEOX: 0.21}),
     Mistake("head-tied", NEOX, "The embedding is used as the head.",
-            "embed_out.weight is a matrix of its own, unless tie_word_embeddings is true.", head_tied),
+            "embed_out.weight is a matrix of its own, unless tie_word_embeddings is true.", head_tied,
+            cost={NEOX: 1.4}),
 ]
 BY_ID = {mistake.id: mistake for mistake in MISTAKES}
 
@@ -620,3 +674,52 @@ def variants(model):
             for patches in mistake.plant(model):
                 if patches:
                     yield mistake, patches
+
+
+# ------------------------------------------------------------------------------------------------
+# What each costs
+# ------------------------------------------------------------------------------------------------
+
+def example_models():
+    """Small models with wide random weights: with the usual ones, many a mistake changes nothing."""
+    shared = dict(vocab_size=97, hidden_size=64, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
+    yield neo.GPTNeoForCausalLM(neo.GPTNeoConfig(
+        **shared, num_layers=4, num_heads=4, window_size=8, attention_types=[[["global", "local"], 2]]), "naive")
+    for parallel, act in ((True, "gelu"), (False, "gelu_fast")):
+        yield neox.GPTNeoXForCausalLM(neox.GPTNeoXConfig(
+            **shared, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256,
+            use_parallel_residual=parallel, hidden_act=act), "naive")
+
+
+@torch.no_grad()
+def measured():
+    """{id: {family: relative difference of the logits}} of each mistake's first variant, for 60 tokens."""
+    costs = {}
+    for model in example_models():
+        generator, family = torch.Generator().manual_seed(0), model.eval().config.model_type
+        for name, p in model.named_parameters():
+            p.normal_(0, 0.2, generator=generator)
+            if "ln_" in name and name.endswith("weight"):
+                p += 1
+        ids = torch.randint(97, (1, 60), generator=generator)
+        right = model(ids).logits
+        for mistake, patches in variants(model):
+            if family not in costs.setdefault(mistake.id, {}):
+                with planted(patches):
+                    gap = model(ids).logits - right
+                rows = ~gap.isnan().any(-1)                # a shifted row has no number for one position
+                costs[mistake.id][family] = (gap[rows].norm() / right[rows].norm()).item()
+    return costs
+
+
+def main():
+    """Print the table as Markdown."""
+    costs = measured()
+    print("| id | mistake | in its place | GPT-Neo | GPT-NeoX |\n|---|---|---|---|---|")
+    for m in MISTAKES:
+        cells = [f"{costs[m.id][family]:.1e}" if family in costs[m.id] else "" for family in (NEO, NEOX)]
+        print(f"| {m.id} | {m.sentence} | {m.fix} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -61,6 +61,15 @@ def test_every_mistake_of_the_table_can_be_made():
     assert made == {mistake.id for mistake in M.MISTAKES} and len(M.BY_ID) == len(M.MISTAKES)
 
 
+def test_the_costs_in_the_table_are_measured(capsys):
+    """Those that round differ by a few roundings from one processor to another."""
+    costs = M.measured()
+    for mistake in M.MISTAKES:
+        assert mistake.cost == pytest.approx(costs[mistake.id], rel=0.2), mistake.id
+    M.main()
+    assert capsys.readouterr().out.count("\n") == len(M.MISTAKES) + 2
+
+
 @pytest.mark.parametrize("family, parallel", MODELS)
 def test_planting_leaves_nothing_behind(family, parallel):
     """Also when the model is run with a mistake in between."""
