@@ -11,9 +11,10 @@ import sys
 import pytest
 import torch
 
+import mistakes as M
 from attention_cases import all_of, cached_errors, padding, tensors
 from conftest import ROOT
-from helpers import Case, assert_bit_equal, ours, reference, relative
+from helpers import Case, assert_bit_equal, ours, reference, reference_output, relative
 
 MODULES = ["attention", "fast", "fast.linear", "fast.slices", "files", "load_weights", "base", "sampling", "task_heads", "neo", "neox"]
 
@@ -152,6 +153,18 @@ def check_caught(family, mistakes, name, planted):
         difference = relative(ours(case, modules=modules)(case.ids).logits, reference(case)(case.ids).logits)
     print(f"{family}: {name}: {difference:.1e} relative")
     assert difference > 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt_neox"])
+def test_equality_catches_every_mistake_of_the_table(family):
+    """Those of mistakes.py, in each of their variants; without one the bits are the reference's."""
+    case = plain_case(family)
+    right, model = reference_output(case, torch.float32)[0], ours(case)
+    with torch.no_grad():
+        assert torch.equal(model(case.ids).logits, right)
+        for mistake, patches in M.variants(model):
+            with M.planted(patches):
+                assert not torch.equal(model(case.ids).logits, right), mistake.id
 
 
 @pytest.mark.parametrize("name", ["local layers first", "all layers global", "window one too long"])
