@@ -113,6 +113,12 @@ def test_some_mistakes_are_named(shape):
     assert alone(shape, 0, some=slice(3 * list(SHAPES).index(shape), None, 17)) == {}
 
 
+@pytest.mark.parametrize("seed, mistake", [(0, "no-causal-mask=window-kept"), (0, "heads-not-transposed=in"),
+                                           (0, "softmax-bfloat16=outputs"), (2, "softmax-bfloat16=inside")])
+def test_variants_that_were_once_missed(seed, mistake):
+    assert named("neo", seed, mistake) == [(mistake.split("=")[0],)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
