@@ -62,20 +62,22 @@ class ForSequenceClassification(Head):
             out.loss = sequence_loss(out.logits, labels.to(x.device), self.config)
         return out
 
-    def last_token(self, input_ids, x):
+    def last_token(self, input_ids, x=None):
         """Index of each row's rightmost token that is not padding, on whichever side that is.  -> (B,)
 
-        x (B, T, C); without ids, when inputs_embeds were given, each row's last token, as the reference.
+        x (B, T, C) tells the shape where there are no ids, because inputs_embeds were given: then it is each
+        row's last token, as in the reference.
         Padding is known by its id, not by the mask: where pad and eos are one token, an eos at the end of
         the text counts as padding too (transformers since 4.49, pull request 35911).
         """
         pad = self.config.pad_token_id
-        B, T, _ = x.shape
+        shaped = x if input_ids is None else input_ids
+        B, T = shaped.shape[:2]
         if pad is None and B > 1:
             raise ValueError(f"{B} texts at once need to know which token is padding: load the model with "
                              "from_pretrained(..., pad_token_id=...)")
         if pad is None or input_ids is None:
-            return torch.full((B,), T - 1, device=x.device)
+            return torch.full((B,), T - 1, device=shaped.device)
         places = torch.arange(T, device=input_ids.device)
         return (places * (input_ids != pad)).argmax(-1)    # nothing but padding: 0
 
