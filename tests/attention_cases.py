@@ -164,7 +164,7 @@ def odd_case(seed, family):
     window = None
     if family == "gpt_neo":
         window, kinds = draw.choice([1, 2, 3, 5, 8]), draw.choices(["global", "local"], k=L)
-        settings |= dict(num_layers=L, num_heads=H, attention_types=repr([[kinds, 1]]),
+        settings |= dict(num_layers=L, num_heads=H, attention_types=((tuple(kinds), 1),),
                          window_size=window, activation_function=act)
     else:
         parts = [f for f in (0.25, 0.5, 1.0) if int(D * f) and int(D * f) % 2 == 0]

@@ -53,7 +53,7 @@ def random_case(seed, family=None):
         window = draw.choice([1, 2, 3, 5, 8, 13])
         kinds = [draw.choice(["global", "local"]) for _ in range(L)]
         kinds[draw.randrange(L)] = "local"
-        settings = dict(common, num_layers=L, num_heads=H, attention_types=[[kinds, 1]], window_size=window,
+        settings = dict(common, num_layers=L, num_heads=H, attention_types=((tuple(kinds), 1),), window_size=window,
                         activation_function=draw.choice(["gelu_new", "gelu_new", "gelu", "gelu_fast"]))
         T = draw.choice([2 * window + 1, 3 * window + 2, 40, 61])
     else:
@@ -64,7 +64,7 @@ def random_case(seed, family=None):
                         hidden_act=draw.choice(["gelu", "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"]),
                         attention_bias=draw.random() < 0.8, tie_word_embeddings=draw.random() < 0.2)
         T = draw.choice([1, 2, 7, 40, 61])
-    return Case(seed, family, tuple((k, repr(v) if isinstance(v, list) else v) for k, v in settings.items()),
+    return Case(seed, family, tuple(settings.items()),
                 draw.choice([1, 2, 3]), T, window)
 
 
@@ -83,7 +83,7 @@ def widen(model, seed):
 def saved(case):
     """Folder with the reference's own files for this case."""
     config_class, model_class = REFERENCE[case.family]
-    settings = {k: eval(v) if k == "attention_types" else v for k, v in case.settings}
+    settings = dict(case.settings)
     model = widen(model_class(config_class(**settings)), case.seed)
     folder = Path(tempfile.mkdtemp(dir=FOLDER.name))
     model.save_pretrained(folder)

@@ -36,8 +36,9 @@ def both_ways(model, ids, mask, steps):
     return [torch.stack(x) for x in found]
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("seed", [0, 1, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 14))])
+@pytest.mark.parametrize("seed, padded", [
+    (0, True), (3, False), *(pytest.param(seed, padded, marks=pytest.mark.slow) for seed in (*range(2), *range(3, 14))
+                             for padded in (False, True) if (seed, padded) not in ((0, True), (3, False)))])
 def test_logits_of_random_models(seed, padded):
     """Both families, windows 1 to 13 and their rings, both residual forms, all activations; three rows of
     different length, or one."""

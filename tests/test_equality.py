@@ -34,7 +34,7 @@ def test_the_cases_cover_what_they_should():
     """Both families, both layer kinds, all rotary fractions, both residual forms, several activations."""
     neo = [dict(c.settings) for c in CASES if c.family == "gpt_neo"]
     neox = [dict(c.settings) for c in CASES if c.family == "gpt_neox"]
-    assert any("global" in s["attention_types"] and "local" in s["attention_types"] for s in neo)
+    assert any(set(s["attention_types"][0][0]) == {"global", "local"} for s in neo)
     assert {s["rotary_pct"] for s in neox} == {0.25, 0.5, 1.0}
     assert {s["use_parallel_residual"] for s in neox} == {True, False}
     assert {s["tie_word_embeddings"] for s in neox} == {True, False}
@@ -64,7 +64,8 @@ def test_padded_batch_is_bit_equal_at_real_tokens(seed, dtype, side):
     fused = ours(case, dtype, "sdpa")(ids, attention_mask=mask, position_ids=position_ids).logits
     assert fused.isfinite().all()
     if dtype == torch.float32:           # in half precision test_attention.py judges it by float64
-        assert relative(fused[real], theirs.logits[real]) < 1e-6
+        # Two roundings apart: at most 1.28e-6 over the settings of tests/cpus.py (torch's kernels without AVX).
+        assert relative(fused[real], theirs.logits[real]) < 2e-6
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

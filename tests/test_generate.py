@@ -38,10 +38,10 @@ def pair(request):
 SETTINGS = [
     dict(),
     dict(max_length=30),
-    dict(max_new_tokens=500, eos_token_id=None),
+    dict(max_new_tokens=150, eos_token_id=None),
     dict(max_new_tokens=60, repetition_penalty=1.4, eos_token_id=None),
-    dict(do_sample=True, max_new_tokens=500, eos_token_id=None),                       # top_k is 50
-    dict(do_sample=True, max_new_tokens=500, eos_token_id=None, top_k=0, temperature=1.3),
+    dict(do_sample=True, max_new_tokens=100, eos_token_id=None),                       # top_k is 50
+    dict(do_sample=True, max_new_tokens=100, eos_token_id=None, top_k=0, temperature=1.3),
     dict(do_sample=True, max_new_tokens=500, eos_token_id=None, temperature=0.8, top_k=20, top_p=0.9,
          repetition_penalty=1.3),
     dict(do_sample=True, max_new_tokens=50, num_return_sequences=3, eos_token_id=[5, 6, 7]),
@@ -54,7 +54,7 @@ CONTROLS = [                                               # the settings that l
     dict(min_length=200, min_new_tokens=3, eos_token_id=[*range(60)]), dict(no_repeat_ngram_size=1, eos_token_id=None),
     dict(no_repeat_ngram_size=2, eos_token_id=5), dict(no_repeat_ngram_size=3, repetition_penalty=0.7),
     dict(bad_words_ids=[[i] for i in range(0, 60, 3)] + [[5]], eos_token_id=5),
-    dict(bad_words_ids=[[i, j] for i in range(97) for j in range(0, 97, 2)] + [[1, 2, 3]]),
+    dict(bad_words_ids=[[i, j] for i in range(0, 97, 4) for j in range(0, 97, 3)] + [[1, 2, 3]]),
     dict(suppress_tokens=[*range(0, 90, 2), 3000], eos_token_id=[2, 3]), dict(suppress_tokens=()),
     dict(begin_suppress_tokens=[*range(0, 80)]), dict(min_p=0.2), dict(min_p=0.05, top_k=0, temperature=2.0), dict(min_p=1.0),
     dict(min_p=0.3, top_p=0.8, top_k=9, temperature=0.7, repetition_penalty=1.3, no_repeat_ngram_size=2,
@@ -87,7 +87,7 @@ def both(pair, ids, mask=None, **settings):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_ids_are_the_references(pair, settings):
-    """Greedy and sampled, 500 tokens, from the same seed."""
+    """Greedy and sampled, up to 500 tokens, from the same seed."""
     ids = torch.randint(1, 97, (1, 7), generator=torch.Generator().manual_seed(1))
     theirs, mine = both(pair, ids, **settings)
     assert torch.equal(mine, theirs)
