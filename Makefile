@@ -27,6 +27,7 @@ port: .venv/run
 	@.venv/bin/python compare.py --check-vectors .venv/port/vectors .venv/port/answers
 
 test: .venv/test
+	.venv/bin/ruff check --quiet .
 	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow and not official"
 
 test-all: .venv/test

@@ -17,7 +17,7 @@ the S positions, and returns (B, H, T, D) in v's dtype.
     flash        the flash-attn package.
 """
 
-from __future__ import annotations       # tl.constexpr can be written without triton
+from __future__ import annotations  # tl.constexpr can be written without triton
 
 import functools
 import os
@@ -25,7 +25,6 @@ import sys
 
 import torch
 import torch.nn.functional as F
-
 
 # ------------------------------------------------------------------------------------------------
 # The rule

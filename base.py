@@ -21,7 +21,6 @@ from fast.linear import WEIGHT_FIRST, Instead, is_few
 from fast.slices import in_slices
 from load_weights import load_pretrained, save_pretrained
 
-
 # ------------------------------------------------------------------------------------------------
 # Activations: four names for two functions, kept apart because their roundings differ
 # ------------------------------------------------------------------------------------------------

@@ -50,8 +50,7 @@ from attention import choose_backend
 from base import PreTrainedModel
 from diagnose import diagnose, make_ids, told_apart, trace
 from files import error_line, plain
-from load_weights import (NAMES, AutoModelForCausalLM, official_names, our_name, read_config,
-                          read_tensors)
+from load_weights import NAMES, AutoModelForCausalLM, official_names, our_name, read_config, read_tensors
 from neo import GPTNeoConfig
 from neox import GPTNeoXConfig
 from vectors import check_vectors, table, write_junit, write_vectors

@@ -18,7 +18,6 @@ from base import ACTIVATIONS
 from files import shown
 from load_weights import read_config
 
-
 MOST_LAYERS = 1000                  # models of more could take minutes to build
 LARGEST_SIZE = 2**28                # so that a tensor of two such sizes still has a size in bytes
 

@@ -104,7 +104,7 @@ def fetch_from_hub(repo, filename, revision, required, how):
     What the cache knows of that commit (this file, or that there is none) is not asked again: one
     model comes from one commit, and without a network nothing waits for an answer twice.
     """
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache    # slow to import
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # slow to import
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()                          # it retries by itself; we say how it ended
 

@@ -22,7 +22,6 @@ from load_weights import AutoModelForCausalLM, AutoTokenizer
 from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate)
 from score import likeliest, read_text, score_text, window_and_stride
 
-
 # ------------------------------------------------------------------------------------------------
 # The options
 # ------------------------------------------------------------------------------------------------

@@ -467,7 +467,8 @@ def told(problems, table):
     if wrapped and any(known(rest, table) for rest in rests(unexpected[0])):
         origin = {"module.": "saved from DataParallel: save model.module instead",
                   "_orig_mod.": "saved from torch.compile: save model._orig_mod instead"}
-        return (f"every name begins with '{prefix}' ({origin.get(prefix, 'saved from a wrapper of the model')}, "
+        where = origin.get(prefix, "saved from a wrapper of the model")
+        return (f"every name begins with '{prefix}' ({where}, "
                 "or take it off the names)")
     if len(problems) == 1:
         return problems[0]
@@ -582,7 +583,8 @@ class AutoModelForCausalLM:
         module, name = {"gpt_neo": (neo, "GPTNeoFor"), "gpt_neox": (neox, "GPTNeoXFor")}[raw["model_type"]]
         named = ("revision", "torch_dtype", "dtype", "device", "attn_implementation")
         given = {name: kwargs.pop(name) for name in named if name in kwargs}
-        return load_pretrained(getattr(module, name + cls.kind), name_or_folder, raw=raw, changes=kwargs, **given)
+        return load_pretrained(getattr(module, name + cls.kind), name_or_folder, raw=raw, changes=kwargs,
+                               **given)
 
 
 class AutoModelForSequenceClassification(AutoModelForCausalLM):

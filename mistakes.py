@@ -506,7 +506,8 @@ MISTAKES = [
             "Divide by C: LayerNorm takes the biased variance.", norm_unbiased_variance,
             cost={NEO: 0.017, NEOX: 0.0097}),
     Mistake("gelu-exact", None, "GELU is computed with erf where config.json names the tanh form.",
-            "gelu_new, gelu_fast and gelu_pytorch_tanh all mean 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).",
+            "gelu_new, gelu_fast and gelu_pytorch_tanh all mean "
+            "0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).",
             gelu_exact,
             cost={NEO: 0.00048, NEOX: 0.0002}),
     Mistake("gelu-tanh", None, "GELU is computed with tanh where config.json names the exact form.",
@@ -620,10 +621,12 @@ MISTAKES = [
     Mistake("norms-swapped", NEOX, "The two LayerNorms of a block have changed places.",
             "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", norms_swapped,
             cost={NEOX: 0.54}),
-    Mistake("sequential-residual", NEOX, "The MLP reads attention's result where it should read the block's input.",
+    Mistake("sequential-residual", NEOX,
+            "The MLP reads attention's result where it should read the block's input.",
             "use_parallel_residual true (the default): x + attn(ln_1(x)) + mlp(ln_2(x)).", residual(False),
             cost={NEOX: 0.94}),
-    Mistake("parallel-residual", NEOX, "The MLP reads the block's input where it should read attention's result.",
+    Mistake("parallel-residual", NEOX,
+            "The MLP reads the block's input where it should read attention's result.",
             "use_parallel_residual false: a = x + attn(ln_1(x)), then a + mlp(ln_2(a)).", residual(True),
             cost={NEOX: 0.94}),
     Mistake("rotary-all-dims", NEOX, "All D dims of each head are rotated.",
@@ -647,7 +650,8 @@ MISTAKES = [
             "They are base^(-2i/R): the denominator is the number of rotated dims.", rotary_denominator,
             cost={NEOX: 0.28}),
     Mistake("rotary-bfloat16", NEOX, "Angles or tables of the rotation are rounded to bfloat16.",
-            "Compute positions, frequencies, angles, sines and cosines in float32.", rotary_bfloat16, rounds=True,
+            "Compute positions, frequencies, angles, sines and cosines in float32.", rotary_bfloat16,
+            rounds=True,
             cost={NEOX: 0.0006}),
     Mistake("no-rotary", NEOX, "q and k are not rotated.",
             "Rotate the first R dims of q and k by their positions.", with_rotate(lambda x, cos, sin: x),
@@ -684,7 +688,8 @@ def example_models():
     """Small models with wide random weights: with the usual ones, many a mistake changes nothing."""
     shared = dict(vocab_size=97, hidden_size=64, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
     yield neo.GPTNeoForCausalLM(neo.GPTNeoConfig(
-        **shared, num_layers=4, num_heads=4, window_size=8, attention_types=[[["global", "local"], 2]]), "naive")
+        **shared, num_layers=4, num_heads=4, window_size=8,
+        attention_types=[[["global", "local"], 2]]), "naive")
     for parallel, act in ((True, "gelu"), (False, "gelu_fast")):
         yield neox.GPTNeoXForCausalLM(neox.GPTNeoXConfig(
             **shared, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256,

@@ -18,7 +18,6 @@ from attention import KVCache
 from base import check_inputs, key_mask_of
 from tokenizer import token_bytes
 
-
 # ------------------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------------------

@@ -149,7 +149,9 @@ def sequence_loss(logits, labels, config):
                          f"{tuple(labels.shape)}")
     if kind == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits, labels)
-    return F.mse_loss(logits.squeeze(), labels.squeeze()) if config.num_labels == 1 else F.mse_loss(logits, labels)
+    if config.num_labels == 1:
+        return F.mse_loss(logits.squeeze(), labels.squeeze())
+    return F.mse_loss(logits, labels)
 
 
 def class_loss(logits, labels, shape):
@@ -161,7 +163,8 @@ def class_loss(logits, labels, shape):
     if not torch.compiler.is_compiling():
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= N))]
         if len(wrong):
-            raise ValueError(f"labels must be 0 to {N - 1}, or -100 for not to be scored; got {wrong[0].item()} "
+            raise ValueError(f"labels must be 0 to {N - 1}, or -100 for not to be scored; got "
+                             f"{wrong[0].item()} "
                              "(num_labels says how many there are)")
     return F.cross_entropy(logits.reshape(-1, N), labels.reshape(-1).long())
 

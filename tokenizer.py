@@ -29,12 +29,23 @@ import unicodedata
 import warnings
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 
 from files import shown, write_files
-from tokenizer_settings import (CONFIG, EXTRA, NAMED, UNLIMITED, AddedToken, check_config, content,
-                                find_files, is_id, is_text, read_files, wrong)
+from tokenizer_settings import (
+    CONFIG,
+    EXTRA,
+    NAMED,
+    UNLIMITED,
+    AddedToken,
+    check_config,
+    content,
+    find_files,
+    is_id,
+    is_text,
+    read_files,
+    wrong,
+)
 
 # GPT-2's regex (openai/gpt-2, src/encoder.py) as tiktoken spells it: the same words, with
 # possessive quantifiers (++), which do not backtrack.
@@ -148,7 +159,7 @@ def tensor(rows, kind):
                          "needs rows of one length: pass padding=True")
     if kind == "np":
         return np.array(rows, dtype=np.int64)
-    import torch                                       # here: the rest of this file does without
+    import torch  # here: the rest of this file does without
     return torch.tensor(rows, dtype=torch.long)
 
 
@@ -342,7 +353,8 @@ class Tokenizer:
         if len({len(rows) for rows in out.values()}) > 1:
             raise ValueError("pad needs as many rows of each: " + ", ".join(
                 f"{name} has {len(rows)}" for name, rows in out.items()))
-        if return_attention_mask or (return_attention_mask is None and "attention_mask" in self.model_input_names):
+        usual = return_attention_mask is None and "attention_mask" in self.model_input_names
+        if return_attention_mask or usual:
             out.setdefault("attention_mask", [[1] * len(row) for row in out["input_ids"]])
         self._pad(out, padding, max_length, pad_to_multiple_of, padding_side)
         if alone:
@@ -469,7 +481,8 @@ class Tokenizer:
         tokens: a text, an AddedToken, or a list of them.  A model needs
         model.resize_token_embeddings(len(tokenizer)) before it sees their ids.
         """
-        tokens = list(tokens) if isinstance(tokens, (list, tuple)) and not isinstance(tokens, AddedToken) else [tokens]
+        if isinstance(tokens, AddedToken) or not isinstance(tokens, (list, tuple)):
+            tokens = [tokens]
         tokens = [as_added_token(token, special_tokens) for token in tokens]
         count = sum([self._add(token) for token in tokens])
         self._index()
@@ -573,7 +586,8 @@ class Tokenizer:
             self._add(token)
         for token in read.in_file + read.listed:
             if self._ids.get(token.content) != token.id:
-                raise wrong(read.source, f"added token {shown(token.content)}", f"its id is given as {token.id}, "
+                raise wrong(read.source, f"added token {shown(token.content)}",
+                            f"its id is given as {token.id}, "
                             f"but would be {self._ids.get(token.content, 'none')} in transformers")
 
     def _index(self):
@@ -678,7 +692,9 @@ def as_lists(value):
     """Lists in place of tensors and arrays, and of lists of them."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    return [v.tolist() if hasattr(v, "tolist") else v for v in value] if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    return [v.tolist() if hasattr(v, "tolist") else v for v in value]
 
 
 def tensor_kind(ids):
@@ -686,7 +702,7 @@ def tensor_kind(ids):
     first = ids if hasattr(ids, "tolist") else next(iter(ids), None)
     if not hasattr(first, "tolist"):
         return None
-    return "np" if isinstance(first, np.ndarray) else "pt"
+    return "np" if type(first).__module__ == "numpy" else "pt"
 
 
 def as_tensors(out, kind):

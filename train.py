@@ -44,8 +44,17 @@ from tqdm import tqdm
 from files import error_line, read_json, write_files
 from training.model import learning_rate, new_model, parameter_groups
 from training.new_tokenizer import CLASSES, new_tokenizer
-from training.processes import (SharedError, error_text, everywhere, gathered, join_processes,
-                                processes, rank, say, total)
+from training.processes import (
+    SharedError,
+    error_text,
+    everywhere,
+    gathered,
+    join_processes,
+    processes,
+    rank,
+    say,
+    total,
+)
 from training.tasks import Label, NextToken, autocast, check_fit, to_device
 from training.texts import is_unicode
 

@@ -119,7 +119,8 @@ def show_compiled(found):
             for title, dtypes in (("half", ("fp16", "bf16")), ("float32", ("fp32",))):
                 cells = []
                 for gpu in GPUS:
-                    same = [x for x in found if (x["width"], x["kernel"], x["gpu"]) == (D, name, gpu) and x["dtype"] in dtypes]
+                    same = [x for x in found if x["dtype"] in dtypes
+                            and (x["width"], x["kernel"], x["gpu"]) == (D, name, gpu)]
                     if same:
                         cells += [max(x["registers"] for x in same), max(x["spilled"] for x in same),
                                   f"{max(x['shared'] for x in same) / 1024:.0f}",
@@ -150,13 +151,15 @@ def work(name, T, window, D):
     sizes, visits = A.block_sizes(KERNELS[name], D, torch.float16), tiles(name, T, window, D)
     own, other, wide = sizes["ROWS"], sizes["COLS"], sizes["D_PAD"]
     return dict(tiles=sum(visits), operations=sum(visits) * DOTS[name] * 2 * own * other * wide,
-                loaded=2 * D * (OWN[name] * T + OTHER[name] * other * sum(visits)), least=2 * D * TENSORS[name] * T)
+                loaded=2 * D * (OWN[name] * T + OTHER[name] * other * sum(visits)),
+                least=2 * D * TENSORS[name] * T)
 
 
 def show_computed(T, window, heads, D):
     """Local beside global layers.  The least time is that of all operations or of all bytes at the GPU's
     published peak, whichever is longer."""
-    print(f"\nComputed, not timed: T = {T}, {heads} heads {D} wide (one layer, one text), half precision, W = {window} "
+    print(f"\nComputed, not timed: T = {T}, {heads} heads {D} wide (one layer, one text), half "
+          f"precision, W = {window} "
           "against every earlier key\n")
     print("| kernel | layer | tiles a head | G operations | MB loaded and stored | MB at least | "
           + " | ".join(f"µs at {gpu}'s peak" for gpu in GPUS) + " |")
@@ -166,7 +169,8 @@ def show_computed(T, window, heads, D):
             x = work(name, T, w, D)
             times = [max(heads * x["operations"] / flops, heads * x["least"] / bandwidth) * 1e6
                      for _, _, flops, bandwidth in GPUS.values()]
-            cells = [name, title, x["tiles"], f"{heads * x['operations'] / 1e9:.1f}", f"{heads * x['loaded'] / 1e6:.0f}",
+            cells = [name, title, x["tiles"], f"{heads * x['operations'] / 1e9:.1f}",
+                     f"{heads * x['loaded'] / 1e6:.0f}",
                      f"{heads * x['least'] / 1e6:.1f}", *(f"{time:.1f}" for time in times)]
             print("| " + " | ".join(map(str, cells)) + " |")
 
@@ -177,7 +181,8 @@ def run():
         raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and TRITON_INTERPRET "
                          "not set to 1")
     found = compile_all(WIDTHS, DTYPES)
-    print("\nCompiled ahead of time, without a GPU: the most registers, spilled bytes and shared memory, and the fewest "
+    print("\nCompiled ahead of time, without a GPU: the most registers, spilled bytes and shared "
+          "memory, and the fewest "
           "tensor-core\ninstructions, of float16 and bfloat16, with key padding and without\n")
     show_compiled(found)
     show_computed(2048, 256, 12, 64)

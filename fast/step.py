@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from attention import at_least_float32
 from fast.linear import Instead, few_rows
 
-
 # ------------------------------------------------------------------------------------------------
 # The two forms
 # ------------------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import generate
-import sampling
-from fast import step as decode
 from attention import KVCache
 from conftest import ROOT
+from fast import step as decode
 from helpers import ours, random_case, relative
 from load_weights import AutoModelForCausalLM
 

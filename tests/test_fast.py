@@ -5,9 +5,9 @@ The sizes from which slices are taken are patched down, so that tiny tensors tak
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 import torch.nn.utils.prune
-import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 

@@ -18,8 +18,20 @@ import train
 from helpers import FOLDER, relative
 from load_weights import AutoModelForSequenceClassification, AutoTokenizer
 from training.tasks import Label
-from training_cases import (TASKS, errors, examples, metrics, refused, run, run_two, torchrun,
-                            wait_for_lines, watch_gradients, write_data, write_examples)
+from training_cases import (
+    TASKS,
+    errors,
+    examples,
+    metrics,
+    refused,
+    run,
+    run_two,
+    torchrun,
+    wait_for_lines,
+    watch_gradients,
+    write_data,
+    write_examples,
+)
 
 RECIPE = ["--context", "48", "--batch-size", "7", "--lr", "3e-3", "--warmup", "5", "--threads", "1",
           "--steps", "50"]

@@ -17,8 +17,8 @@ pytest.importorskip("matplotlib.pyplot")
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
 sys.path.insert(0, str(ROOT / "notebooks"))
-import build                                               # noqa: E402
-import lesson                                              # noqa: E402
+import build  # noqa: E402
+import lesson  # noqa: E402
 
 MODULES = ["attention", "base", "compare", "decode", "generate", "heads", "load_weights", "neo", "neox", "score", "tokenizer", "train", "training/tasks", "training/texts"]
 ALL = ["0_setup_and_shapes", "1_gpt_neo", "2_gpt_neox", "3_triton_window", "4_weights_and_equivalence", "5_sampling", "6_finetuning"]

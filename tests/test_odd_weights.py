@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from helpers import ours, random_case, saved
-from load_weights import AutoModelForCausalLM, told, NAMES
+from load_weights import NAMES, AutoModelForCausalLM, told
 
 CASE = random_case(1)                                      # GPT-NeoX
 

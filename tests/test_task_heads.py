@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-import task_heads as heads
 import neo
 import neox
+import task_heads as heads
 from conftest import ROOT
 from helpers import FLOATS, FOLDER, random_case, relative, saved, widen
 from load_weights import NAMES, AutoModelForCausalLM, AutoModelForSequenceClassification, our_name
@@ -27,7 +27,7 @@ MODULES = {"gpt_neo": neo, "gpt_neox": neox}
 @functools.cache
 def head_folder(case, task, labels=3, **extra):
     """The reference's own files of a model with this head."""
-    settings = {k: eval(v) if k == "attention_types" else v for k, v in case.settings}
+    settings = dict(case.settings)
     config_class = {"gpt_neo": transformers.GPTNeoConfig, "gpt_neox": transformers.GPTNeoXConfig}[case.family]
     config = config_class(**settings | {"pad_token_id": PAD, "num_labels": labels} | extra)
     model = widen(getattr(transformers, PREFIX[case.family] + task)(config), case.seed)

@@ -17,8 +17,17 @@ from hypothesis import given, settings, strategies
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import attention as A
-from attention_cases import (LAYOUTS, NAMES, all_of, error_ratios, key_blocks, padding, query_blocks,
-                             random_call, tensors)
+from attention_cases import (
+    LAYOUTS,
+    NAMES,
+    all_of,
+    error_ratios,
+    key_blocks,
+    padding,
+    query_blocks,
+    random_call,
+    tensors,
+)
 from conftest import ROOT
 from helpers import ours, random_case, relative
 from neo import GPTNeoForCausalLM

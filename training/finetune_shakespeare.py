@@ -34,8 +34,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from load_weights import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
-from load_weights import AutoTokenizer  # noqa: E402
+from load_weights import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,  # noqa: E402
+)
 from training.prepare_shakespeare import read_plays  # noqa: E402
 from training.tasks import score_texts  # noqa: E402
 from training.texts import padded  # noqa: E402

@@ -19,11 +19,8 @@ import warnings
 
 import torch
 
-from load_weights import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          read_config)
-from training.texts import (Batches, count_bytes, epoch_generator, padded, read_examples,
-                            read_text)
-
+from load_weights import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, read_config
+from training.texts import Batches, count_bytes, epoch_generator, padded, read_examples, read_text
 
 # ------------------------------------------------------------------------------------------------
 # Without gradients
@@ -195,7 +192,7 @@ class Label:
                 raise ValueError(f"{place}: label {label!r}, which no training text has")
         if self.valid:
             try:
-                import sklearn.metrics                     # noqa: F401  said before training
+                import sklearn.metrics  # noqa: F401  said before training
             except ImportError:
                 raise ValueError("--task classify with --valid needs scikit-learn: "
                                  "pip install scikit-learn") from None
