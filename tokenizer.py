@@ -158,8 +158,9 @@ def tensor(rows, kind):
         raise ValueError(f"the texts have {min(lengths)} to {max(lengths)} tokens, and a tensor "
                          "needs rows of one length: pass padding=True")
     if kind == "np":
-        return np.array(rows, dtype=np.int64)
-    import torch  # here: the rest of this file does without
+        import numpy  # here, as torch: the rest of this file does without
+        return numpy.array(rows, dtype=numpy.int64)
+    import torch
     return torch.tensor(rows, dtype=torch.long)
 
 
