@@ -607,10 +607,13 @@ class AutoTokenizer:
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         path = fetch(name_or_folder, "tokenizer_config.json", revision, required=False, **hub)
         named = read_json(path).get("tokenizer_class") if path else None
+        has_json = fetch(name_or_folder, "tokenizer.json", revision, required=False, **hub) is not None
+        has_config = fetch(name_or_folder, "config.json", revision, required=False, **hub) is not None
+        if named is None and has_json and not has_config:
+            named = "PreTrainedTokenizerFast"          # tokenizer.json alone says it all, as in transformers
         if named is None:
             path = fetch(name_or_folder, "config.json", revision, **hub)
             raw = read_config(name_or_folder, revision, **hub)
             named = raw.get("tokenizer_class") or {"gpt_neo": "GPT2Tokenizer",
                                                    "gpt_neox": "GPTNeoXTokenizer"}[raw["model_type"]]
-        has_json = fetch(name_or_folder, "tokenizer.json", revision, required=False, **hub) is not None
         return class_named(named, path, has_json).from_pretrained(name_or_folder, revision=revision, **kwargs)

@@ -586,8 +586,9 @@ class Tokenizer:
         for token in tokens:
             self._add(token)
         for token in read.in_file + read.listed:
+            path = read.source if token in read.in_file else read.lister
             if self._ids.get(token.content) != token.id:
-                raise wrong(read.source, f"added token {shown(token.content)}",
+                raise wrong(path, f"added token {shown(token.content)}",
                             f"its id is given as {token.id}, "
                             f"but would be {self._ids.get(token.content, 'none')} in transformers")
 

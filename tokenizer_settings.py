@@ -37,6 +37,7 @@ class Read(NamedTuple):
     nfc: bool                          # whether texts are normalized to Unicode's form C
     in_file: list                      # AddedTokens of tokenizer.json
     listed: list                       # AddedTokens that transformers adds, in increasing id
+    lister: object                     # the path of the file that lists them, for messages
     config: dict                       # tokenizer_config.json and the caller's settings
 
 
@@ -331,11 +332,17 @@ def read_config(paths, overrides, cls):
     return config
 
 
+def listing_file(paths, config):
+    """What gives the ids of added tokens beside tokenizer.json; the caller may give them as well."""
+    name = "tokenizer_config.json" if "added_tokens_decoder" in config else "added_tokens.json"
+    return paths.get(name, "from_pretrained")
+
+
 def read_listed_tokens(paths, config, in_file):
     """The added tokens of tokenizer_config.json, or else of added_tokens.json and tokenizer.json."""
     found = {}
     if "added_tokens_decoder" in config:
-        path = paths["tokenizer_config.json"]
+        path = listing_file(paths, config)
         for id, entry in config["added_tokens_decoder"].items():
             field = f"added_tokens_decoder[{shown(id)}]"
             if not (id.isascii() and id.isdigit() and len(id) < 12 and is_id(int(id))):
@@ -394,4 +401,4 @@ def read_files(paths, overrides, cls):
         source, nfc, in_file, settings = paths["vocab.json"], bool(cls.normalizes), [], {}
         vocab, merges = read_json(source), read_merges(paths["merges.txt"])
     listed = read_listed_tokens(paths, config, in_file)
-    return Read(source, vocab, merges, nfc, in_file, listed, settings | config)
+    return Read(source, vocab, merges, nfc, in_file, listed, listing_file(paths, config), settings | config)

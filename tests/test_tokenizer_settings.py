@@ -156,6 +156,32 @@ def test_the_class_that_the_files_name(named, nfc, tmp_path):
     assert same_or_refused(folder) == refused
 
 
+@pytest.mark.parametrize("config", [None, {}, {"pad_token": "<pad>"}])
+@pytest.mark.parametrize("nfc", [True, False])
+def test_a_tokenizer_json_alone_is_obeyed_as_it_stands(config, nfc, tmp_path):
+    folder = write(tmp_path / "f", "neox", config or {}, tokenizer_json(nfc))
+    (folder / "config.json").unlink()
+    if config is None:
+        (folder / "tokenizer_config.json").unlink()
+    assert not same_or_refused(folder)
+
+
+def test_a_folder_without_any_of_the_files(tmp_path):
+    folder = write(tmp_path / "f", "neo", {})
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no config.json in"):
+        AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file, field", [("added_tokens.json", {"<|new|>": 5}),
+                                         ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "<x>"}}})])
+def test_the_file_that_gives_a_wrong_id_is_named(file, field, tmp_path):
+    folder = write(tmp_path / "f", "neo")
+    (folder / file).write_text(json.dumps(field))
+    with pytest.raises(ValueError, match=f"{file}: field added token .*its id is given as 5"):
+        GPT2Tokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("named", ["T5Tokenizer", "T5TokenizerFast", "LlamaTokenizer", "BertTokenizer"])
 def test_other_kinds_of_tokenizer_are_named(named, tmp_path):
     folder = write(tmp_path / "f", "neo", {"tokenizer_class": named})
@@ -255,3 +281,32 @@ def test_files_damaged_at_random(seeds, tmp_path):
         path.write_bytes(mutated_bytes(path.read_bytes(), draw))
         refused += same_or_refused(folder)
     assert refused >= len(seeds) / 4
+
+
+def test_ids_that_the_caller_gives_need_no_file(tmp_path):
+    folder = write(tmp_path / "f", "neo", {})
+    (folder / "tokenizer_config.json").unlink()
+    listed = {str(END): dict(content="<|endoftext|>", special=True), str(END + 1): dict(content="<x>")}
+    assert GPT2Tokenizer.from_pretrained(folder, added_tokens_decoder=listed).encode("<x>") == [END + 1]
+    with pytest.raises(ValueError, match="from_pretrained: field added token '<x>': its id is given as 5"):
+        GPT2Tokenizer.from_pretrained(folder, added_tokens_decoder={"5": dict(content="<x>")})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("named", ["GPTNeoXTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("config", [{}, {"padding_side": "right", "truncation_side": "right", "pad_token": None}])
+def test_padding_and_truncation_sections_give_the_sides(named, config, tmp_path):
+    """They give sides and, to the class without one of its own, the pad token; tokenizer_config.json wins."""
+    data = tokenizer_json(nfc=True) | {"truncation": STEPS[4], "padding": STEPS[5]}
+    assert not same_or_refused(write(tmp_path / "f", "neox", {"tokenizer_class": named, **config}, data))
+
+
+@pytest.mark.parametrize("id", [2**32, 2**64, -1, True, 1.0, "7", None])
+@pytest.mark.parametrize("kind, file, path", [("neo", "vocab.json", ("ĠĠ",)), ("neox", "tokenizer.json", ("model", "vocab", "ĠĠ")),
+                                              ("neox", "tokenizer.json", ("added_tokens", 0, "id"))])
+def test_ids_that_are_none(kind, file, path, id, tmp_path):
+    folder = write(tmp_path / "f", kind)
+    data = json.loads((folder / file).read_text())
+    change(data, path, id)
+    (folder / file).write_text(json.dumps(data))
+    assert same_or_refused(folder)
