@@ -52,8 +52,10 @@ def test_logits_of_random_models(seed, padded):
     assert relative(compiled, plain) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["demo-neo", "demo-neox"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, dtype", [
+    ("demo-neo", torch.float32), ("demo-neox", torch.bfloat16),
+    pytest.param("demo-neo", torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param("demo-neox", torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_error_is_no_larger(name, dtype):
     """Against the same weights in float64, across the edge of the window of 64: the compiled step errs no more
     than 1.1 times as much as the definition."""
@@ -73,7 +75,7 @@ def test_error_is_no_larger(name, dtype):
     assert ratio <= 1.1
 
 
-@pytest.mark.parametrize("name", ["demo-neo", "demo-neox"])
+@pytest.mark.parametrize("name", ["demo-neo", pytest.param("demo-neox", marks=pytest.mark.slow)])
 def test_greedy_text_is_the_same(name):
     """200 tokens, past the window; where the two part, the two likeliest tokens were as good as tied."""
     model = AutoModelForCausalLM.from_pretrained(ROOT / "checkpoints" / name)

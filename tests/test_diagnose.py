@@ -130,7 +130,8 @@ def dropout_left_on(model):
 
 
 @pytest.mark.parametrize("logits_only", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fault", [exchanged, matrix_of_another_layer, residual_halved, dropout_left_on])
+@pytest.mark.parametrize("fault", [residual_halved, *(pytest.param(fault, marks=pytest.mark.slow) for fault in (
+    exchanged, matrix_of_another_layer, dropout_left_on))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fault_that_is_in_no_table_is_given_no_name(family, fault, logits_only):
     port = model_of(family)
@@ -146,7 +147,7 @@ def test_right_ports_are_given_no_name(family):
         assert D.diagnose(model, ids, port_of(port, ids, [])) == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt_neo", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_odd_numbers_never_end_in_a_traceback(family):
     """A right port's numbers changed at random: infinities, NaN, zeros, another scale, rows exchanged."""
     model, generator = model_of(family), torch.Generator().manual_seed(0)

@@ -154,6 +154,7 @@ def test_every_epoch_takes_every_window_once():
 # Stopping and going on
 # ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow                                          # test_finetune.py kills runs in the quick half
 def test_killed_twice_and_resumed_is_the_same_run(folder, finished):
     """Once before the first save, once between two; weights to the bit, and no line of the log more."""
     arguments = command(folder, "killed", "neo")
