@@ -3,6 +3,7 @@
 # make port       the port in C is built, answers the test vectors, and is judged
 # make test       the quick whole of the tests
 # make test-all   everything, the long grids too
+# make test-diagnosis  every mistake, pair and seed of the diagnosis of ports, an hour and more
 # make test-cpus  what a processor can change, as if on other processors
 # make notebooks  every notebook run anew from its source
 #
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo finetune port test test-all test-cpus notebooks clean
+.PHONY: demo finetune port test test-all test-diagnosis test-cpus notebooks clean
 
 demo: .venv/run
 	@.venv/bin/python generate.py "HAMLET." --temperature 0.8 --top-p 0.9 --seed 1 --max-new-tokens 160
@@ -28,10 +29,13 @@ port: .venv/run
 
 test: .venv/test
 	.venv/bin/ruff check --quiet .
-	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow and not official"
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow and not long and not official"
 
 test-all: .venv/test
-	.venv/bin/python -m pytest -n auto --dist worksteal
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not long"
+
+test-diagnosis: .venv/test
+	.venv/bin/python -m pytest -n auto --dist worksteal -m long
 
 test-cpus: .venv/test
 	.venv/bin/python tests/cpus.py

@@ -52,7 +52,7 @@ def run(setting, more):
     environment = {**os.environ, **dict(part.split("=") for part in setting.split())}
     subprocess.run([sys.executable, "-c", IN_USE], env=environment, check=True)
     command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider",
-               "-m", "not slow and not official and not gpu", *(f"tests/test_{name}.py" for name in FILES), *more]
+               "-m", "not slow and not long and not official and not gpu", *(f"tests/test_{name}.py" for name in FILES), *more]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 

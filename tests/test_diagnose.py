@@ -46,9 +46,9 @@ MODELS = [("gpt_neo", True), ("gpt_neox", True), ("gpt_neox", False)]
 ids_of = D.make_ids(0, 1, T, 97)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.long) for s in (1, 2))])
 @pytest.mark.parametrize("family, parallel", MODELS)
-@pytest.mark.parametrize("logits_only", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("logits_only", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_every_mistake_is_named_and_no_other(family, parallel, logits_only, seed):
     model = model_of(family, seed, parallel)
     for mistake, patches in variants(model):
@@ -97,7 +97,7 @@ def two(model, ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("part", [range(0, 66, 13), pytest.param(range(66), marks=pytest.mark.slow)],
+@pytest.mark.parametrize("part", [range(0, 66, 13), pytest.param(range(66), marks=pytest.mark.long)],
                          ids=["some", "all"])
 def test_two_mistakes_at_once(family, part):
     model, named = model_of(family), 0
@@ -129,8 +129,8 @@ def dropout_left_on(model):
     model.transformer.blocks[1].dropout.train()
 
 
-@pytest.mark.parametrize("logits_only", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fault", [residual_halved, *(pytest.param(fault, marks=pytest.mark.slow) for fault in (
+@pytest.mark.parametrize("logits_only", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("fault", [residual_halved, *(pytest.param(fault, marks=pytest.mark.long) for fault in (
     exchanged, matrix_of_another_layer, dropout_left_on))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fault_that_is_in_no_table_is_given_no_name(family, fault, logits_only):
@@ -147,7 +147,7 @@ def test_right_ports_are_given_no_name(family):
         assert D.diagnose(model, ids, port_of(port, ids, [])) == []
 
 
-@pytest.mark.parametrize("family", ["gpt_neo", pytest.param("gpt_neox", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gpt_neo", pytest.param("gpt_neox", marks=pytest.mark.long)])
 def test_odd_numbers_never_end_in_a_traceback(family):
     """A right port's numbers changed at random: infinities, NaN, zeros, another scale, rows exchanged."""
     model, generator = model_of(family), torch.Generator().manual_seed(0)

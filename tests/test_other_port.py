@@ -119,14 +119,14 @@ def test_variants_that_were_once_missed(seed, mistake):
     assert named("neo", seed, mistake) == [(mistake.split("=")[0],)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_mistake_is_named_and_no_other(shape, seed):
     assert alone(shape, seed) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_logits_alone(shape, seed):
@@ -142,7 +142,7 @@ PAIRS = {"neo": ["embedding-scaled", "positions-from-one", "norm-eps", "scaled-s
 
 
 @pytest.mark.parametrize("shape", PAIRS)
-@pytest.mark.parametrize("some", [slice(7, 66, 40), pytest.param(slice(66), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("some", [slice(7, 66, 40), pytest.param(slice(66), marks=pytest.mark.long)], ids=["some", "all"])
 def test_two_mistakes_at_once(shape, some):
     pairs = list(itertools.combinations(PAIRS[shape], 2))[some]
     missed = {pair: found for pair in pairs
@@ -161,7 +161,7 @@ FAULTS = ["dropout", "residual-halved", "layers-exchanged", "matrix-of-another-l
 
 
 @pytest.mark.parametrize("shape, fault", [
-    pytest.param(shape, fault, marks=() if (i, j) in ((1, 0), (4, 2)) else pytest.mark.slow)
+    pytest.param(shape, fault, marks=() if (i, j) in ((1, 0), (4, 2)) else pytest.mark.long)
     for i, shape in enumerate(SHAPES) for j, fault in enumerate(FAULTS)])
 def test_a_fault_of_no_table_is_given_no_name(shape, fault, tmp_path, capsys):
     status, report = by_cli(shape, 0, tmp_path=tmp_path, fault=fault)
@@ -183,7 +183,7 @@ CHANGES = [lambda x, draw: x * float("nan"), lambda x, draw: x * float("inf"), l
            lambda x, draw: x.masked_fill(torch.rand_like(x) < 0.01, draw.choice([0.0, float("nan"), 1e9]))]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 60))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.long) for s in range(2, 60))])
 def test_random_changes_never_end_in_a_traceback(seed, tmp_path, capsys):
     """Some rows of a right port's file changed at random, and some left out."""
     draw = random.Random(seed)
