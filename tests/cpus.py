@@ -12,6 +12,7 @@ Exit status: 1 if a run failed.
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,13 @@ def run(setting, more):
             return 0
     environment = {**os.environ, **dict(part.split("=") for part in setting.split())}
     subprocess.run([sys.executable, "-c", IN_USE], env=environment, check=True)
+    # torch keeps what it has compiled and does not ask for which instructions: each run compiles for itself.
+    with tempfile.TemporaryDirectory() as compiled:
+        return run_tests(environment | {"TORCHINDUCTOR_CACHE_DIR": compiled}, more)
+
+
+def run_tests(environment, more):
+    """Exit status of pytest in this environment."""
     command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider",
                "-m", "not slow and not long and not official and not gpu", *(f"tests/test_{name}.py" for name in FILES), *more]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
