@@ -5,9 +5,11 @@ Nothing here tells GPT-Neo from GPT-NeoX; what does is in neo.py and neox.py.
     B batch · T new tokens · S tokens in view (cached + new) · C width · V vocabulary
 """
 
+import copy
 import dataclasses
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -217,6 +219,13 @@ class GenerationConfig(dict):
 
     def __setattr__(self, name, value):
         self[name] = value
+
+    def __deepcopy__(self, memo):
+        return GenerationConfig(copy.deepcopy(dict(self), memo))
+
+    def __reduce__(self):
+        """Stored as a mapping that torch.load takes with weights_only=True, which is its default."""
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 class PreTrainedModel(nn.Module):

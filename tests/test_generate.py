@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import json
 import pickle
 import shutil
@@ -341,6 +342,11 @@ def test_settings_are_attributes_too():
     model.generation_config.suppress_tokens = [*range(90)]
     for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert copied.generate(IDS, max_new_tokens=5, eos_token_id=None)[:, 3:].min() >= 90
+    assert copy.deepcopy(model).generation_config.suppress_tokens[-1] == 89
+    file = io.BytesIO()
+    torch.save(model.generation_config, file)
+    file.seek(0)
+    assert torch.load(file) == model.generation_config     # as the default, weights_only=True, takes it
     with pytest.raises(AttributeError):
         model.generation_config.__array__
 

@@ -25,7 +25,7 @@ except (OSError, ValueError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
 with torch.no_grad():
     torch.save({"logits": model(torch.tensor([[5, 6, 7, 8]])).logits, "tokens": tokens,
-                "generation_config": dict(model.generation_config)}, out)
+                "generation_config": model.generation_config}, out)
 """
 GENERATE = QUICK + "import sys, generate; sys.exit(generate.main(sys.argv[1:]))"
 
