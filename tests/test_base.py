@@ -13,10 +13,15 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.family}-{
 
 @every_case
 def test_outputs_are_mappings_and_tuples(case):
-    """Names, positions and order are those of transformers' ModelOutput, its cache left out."""
+    """Names, positions and order are those of transformers' ModelOutput, its cache left out.
+
+    The call is the plain one, with the reference's cache: without it the keys have other strides, and under
+    some BLAS kernels (MKL_CBWR=COMPATIBLE) the reference's own last bits are others.
+    """
     how = dict(labels=case.ids, output_hidden_states=True, output_attentions=True)
     with torch.no_grad():
-        expected = reference(case)(case.ids, use_cache=False, **how)
+        expected = reference(case)(case.ids, **how)
+        expected = type(expected)(**{name: x for name, x in expected.items() if name != "past_key_values"})
         found = ours(case)(case.ids, **how)
     assert list(found) == list(expected.keys()) == list(found.keys()) and len(found) == len(expected)
     assert "loss" in found and "start_logits" not in found and found.get("start_logits") is None
