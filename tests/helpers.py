@@ -112,12 +112,12 @@ def ours(case, dtype=torch.float32, backend="naive", modules=None):
         saved(case), torch_dtype=dtype, attn_implementation=backend)
 
 
-def assert_bit_equal(case, dtype, modules=None):
-    """Logits and every hidden state of the naive path are the reference's, bit for bit."""
+def assert_bit_equal(case, dtype, model=None):
+    """Logits and every hidden state of the naive path, or of `model`, are the reference's, bit for bit."""
     logits, hidden_states = reference_output(case, dtype)
     assert logits.isfinite().all(), "a case that overflows proves nothing"
     with torch.no_grad():
-        out = ours(case, dtype, modules=modules)(case.ids, output_hidden_states=True)
+        out = (model or ours(case, dtype))(case.ids, output_hidden_states=True)
     assert len(out.hidden_states) == len(hidden_states)
     for i, (mine, theirs) in enumerate([*zip(out.hidden_states, hidden_states), (out.logits, logits)]):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), (

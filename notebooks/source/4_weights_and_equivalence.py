@@ -607,7 +607,7 @@ for block in blocks(fresh):
 print("one LayerNorm for both, on fresh weights:", profile(fresh, truth, ids_x)[-1])
 
 # %% [markdown]
-# A bound of 1e-5 catches all, with room on both sides; 1e-2, which is often used, lets a wrong GELU pass in either family. The last line is a warning to those who test with random models: on fresh weights a shared LayerNorm costs nothing, since the two *are* the same. `tests/test_mistakes.py` plants such mistakes in the source itself, on random weights that are spread wide.
+# A bound of 1e-5 catches all, with room on both sides; 1e-2, which is often used, lets a wrong GELU pass in either family. The last line is a warning to those who test with random models: on fresh weights a shared LayerNorm costs nothing, since the two *are* the same. `tests/test_mistakes.py` plants such mistakes in our own model, on random weights that are spread wide.
 #
 # With ipywidgets, a slider for every GPT-Neo mistake at every length:
 
@@ -820,5 +820,5 @@ print(*((name, tuple(names[name].shape)) for name in list(names)[3:5]), sep="\n"
 # ## Further
 #
 # * `python compare.py CHECKPOINT --gradients --plot layers.png` is this notebook as a command; `--theirs` judges a port.
-# * `tests/test_mistakes.py` plants each mistake in a copy of the source and demands that the tests fail.
+# * `tests/test_mistakes.py` plants each mistake in our own model and demands that the tests fail.
 # * The safetensors format: https://github.com/huggingface/safetensors. The tables that other converters use: `tools/ckpts/convert_neox_to_hf.py` in EleutherAI/gpt-neox.
