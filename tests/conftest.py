@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")             # both are read when the packages are imported
 os.environ["FLASH_ATTENTION_TRITON_AMD_ENABLE"] = "TRUE"   # flash-attn without CUDA: its own Triton backend
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -17,3 +18,12 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 # The models are tiny, so a second thread only waits; make test-cpus tries other numbers.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def vectors_folder(tmp_path_factory):
+    """A folder of test vectors, written once for all files of tests."""
+    import compare
+    path = tmp_path_factory.mktemp("vectors") / "vectors"
+    assert compare.main(["--vectors", str(path)]) == 0
+    return path

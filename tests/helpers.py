@@ -5,6 +5,7 @@ LayerNorm too few or a rotation too coarse changes nothing that a test could see
 """
 
 import functools
+import json
 import random
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ FOLDER = tempfile.TemporaryDirectory(prefix="reference-")      # goes when the t
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 REFERENCE = {"gpt_neo": (transformers.GPTNeoConfig, transformers.GPTNeoForCausalLM),
              "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM)}
+
+
+TINY_VOCAB, TINY_POSITIONS = 264, 32         # of `good`: 257 tokens in padded rows; what GPT-Neo can learn
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,42 @@ def widen(model, seed):
             if ("ln_" in name or "norm" in name) and name.endswith("weight"):
                 p += 1
     return model
+
+
+def byte_vocab():
+    """GPT-2's 256 visible characters for bytes, without merges, and the end of text: 257 tokens."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {chr(c): i for i, c in enumerate(plain + [256 + n for n in range(256 - len(plain))])} | {"<|endoftext|>": 256}
+
+
+def write_tokenizer(family, folder):
+    if family == "gpt_neo":
+        (folder / "vocab.json").write_text(json.dumps(byte_vocab()))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        return
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level, "decoder": byte_level,
+        "post_processor": byte_level, "model": {"type": "BPE", "vocab": byte_vocab(), "merges": []},
+        "added_tokens": [{"id": 256, "content": "<|endoftext|>", "special": True, "single_word": False,
+                          "lstrip": False, "rstrip": False, "normalized": False}]}))
+
+
+@functools.cache
+def good(family, seed=3):
+    """A tiny checkpoint of a family, tokenizer included, as one file of safetensors."""
+    common = dict(vocab_size=TINY_VOCAB, hidden_size=16, intermediate_size=48, max_position_embeddings=TINY_POSITIONS,
+                  bos_token_id=256, eos_token_id=256)
+    if family == "gpt_neo":
+        model = neo.GPTNeoForCausalLM(neo.GPTNeoConfig(num_layers=2, num_heads=2, window_size=3,
+                                                       attention_types=[[["global", "local"], 1]], **common))
+    else:
+        model = neox.GPTNeoXForCausalLM(neox.GPTNeoXConfig(num_hidden_layers=2, num_attention_heads=2,
+                                                          rotary_pct=0.5, **common))
+    folder = Path(tempfile.mkdtemp(dir=FOLDER.name))
+    widen(model, seed).save_pretrained(folder)
+    write_tokenizer(family, folder)
+    return folder
 
 
 @functools.lru_cache(maxsize=None)

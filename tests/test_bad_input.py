@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import types
 from pathlib import Path
@@ -23,55 +22,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from helpers import widen
+from helpers import TINY_POSITIONS, TINY_VOCAB, good
 from load_weights import AutoModelForCausalLM
-from neo import GPTNeoConfig, GPTNeoForCausalLM
-from neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from neo import GPTNeoForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ["gpt_neo", "gpt_neox"]
-V, P = 264, 32                                             # 257 tokens, padded; learned positions
+V, P = TINY_VOCAB, TINY_POSITIONS
 NAN, INF = float("nan"), float("inf")
 
 
 # ------------------------------------------------------------------------------------------------
 # A folder that works
 # ------------------------------------------------------------------------------------------------
-
-def byte_vocab():
-    """GPT-2's 256 visible characters for bytes, without merges, and the end of text: 257 tokens."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {chr(c): i for i, c in enumerate(plain + [256 + n for n in range(256 - len(plain))])} | {"<|endoftext|>": 256}
-
-
-def write_tokenizer(family, folder):
-    if family == "gpt_neo":
-        (folder / "vocab.json").write_text(json.dumps(byte_vocab()))
-        (folder / "merges.txt").write_text("#version: 0.2\n")
-        return
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level, "decoder": byte_level,
-        "post_processor": byte_level, "model": {"type": "BPE", "vocab": byte_vocab(), "merges": []},
-        "added_tokens": [{"id": 256, "content": "<|endoftext|>", "special": True, "single_word": False,
-                          "lstrip": False, "rstrip": False, "normalized": False}]}))
-
-
-@functools.cache
-def good(family, seed=3):
-    """A tiny checkpoint of a family, tokenizer included, as one file of safetensors."""
-    common = dict(vocab_size=V, hidden_size=16, intermediate_size=48, max_position_embeddings=P,
-                  bos_token_id=256, eos_token_id=256)
-    if family == "gpt_neo":
-        model = GPTNeoForCausalLM(GPTNeoConfig(num_layers=2, num_heads=2, window_size=3,
-                                               attention_types=[[["global", "local"], 1]], **common))
-    else:
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=2, num_attention_heads=2, rotary_pct=0.5, **common))
-    folder = Path(tempfile.mkdtemp(prefix="tiny-"))
-    widen(model, seed).save_pretrained(folder)
-    write_tokenizer(family, folder)
-    return folder
-
 
 @functools.cache
 def good_model(family):

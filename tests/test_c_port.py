@@ -12,7 +12,6 @@ import compare
 import diagnose
 import vectors as V
 from conftest import ROOT
-from test_vectors import folder  # noqa: F401  (a fixture)
 
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 SOURCE = (ROOT / "examples" / "port.c").read_text(encoding="utf-8")
@@ -40,9 +39,9 @@ def judged(vectors, answers, tmp_path, capsys):
     return status, capsys.readouterr().out, named
 
 
-def test_the_port_is_right(folder, tmp_path, capsys):  # noqa: F811
-    answers = answered(SOURCE, folder, tmp_path)
-    status, table, named = judged(folder, answers, tmp_path, capsys)
+def test_the_port_is_right(vectors_folder, tmp_path, capsys):
+    answers = answered(SOURCE, vectors_folder, tmp_path)
+    status, table, named = judged(vectors_folder, answers, tmp_path, capsys)
     assert status == 0 and named == {} and "WRONG" not in table
     assert f"{len(V.CASES) * 8} passed, 0 failed" in table   # logits twice, 4 hidden, greedy twice
 
@@ -62,23 +61,23 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("mistake", BROKEN)
-def test_a_broken_line_is_named(mistake, folder, tmp_path, capsys):  # noqa: F811
+def test_a_broken_line_is_named(mistake, vectors_folder, tmp_path, capsys):
     """In the table and in the XML; in the cases that it concerns, and in no other."""
     right, wrong, cases = BROKEN[mistake]
     assert SOURCE.count(right) == 1
-    answers = answered(SOURCE.replace(right, wrong), folder, tmp_path)
-    status, table, named = judged(folder, answers, tmp_path, capsys)
+    answers = answered(SOURCE.replace(right, wrong), vectors_folder, tmp_path)
+    status, table, named = judged(vectors_folder, answers, tmp_path, capsys)
     assert status == 1 and named == {case: {mistake} for case in cases}
     assert set(re.findall(r"mistake: ([a-z0-9-]+): ", table)) == {mistake}
     assert table.count("in its place: ") == len(cases)
 
 
 def test_a_mistake_of_the_cache_alone_fails_the_cached_answers_alone(
-        folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+        vectors_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(diagnose, "SECONDS", 0)                # it is in no table: no pairs
     right, wrong = "m->pos_embed[(past + t) * C", "m->pos_embed[t * C"
-    answers = answered(SOURCE.replace(right, wrong), folder, tmp_path)
-    status, table, named = judged(folder, answers, tmp_path, capsys)
+    answers = answered(SOURCE.replace(right, wrong), vectors_folder, tmp_path)
+    status, table, named = judged(vectors_folder, answers, tmp_path, capsys)
     failed = re.findall(r"^  (\S.*?) +WRONG", table, re.M)
     assert status == 1 and set(failed) == {"cached_logits", "cached greedy"}
     assert named == {case: set() for case in NEO}
@@ -98,33 +97,33 @@ def rounded(text):
     return re.sub(r"\d\.\de-0[67]", "rounding", text)
 
 
-def test_the_green_table_is_shown_as_it_is(folder, tmp_path, capsys):  # noqa: F811
-    _, table, _ = judged(folder, answered(SOURCE, folder, tmp_path), tmp_path, capsys)
+def test_the_green_table_is_shown_as_it_is(vectors_folder, tmp_path, capsys):
+    _, table, _ = judged(vectors_folder, answered(SOURCE, vectors_folder, tmp_path), tmp_path, capsys)
     assert len(SHOWN[0]) > 300 and rounded(table).endswith(rounded(SHOWN[0]))
 
 
-def test_the_broken_port_is_shown_as_it_is(folder, tmp_path, capsys):  # noqa: F811
+def test_the_broken_port_is_shown_as_it_is(vectors_folder, tmp_path, capsys):
     """The page's sed command, the logits alone, and the table; README.md shows how it begins."""
     right, wrong = re.search(r"^sed 's\|(.*?)\|(.*?)\|' examples/port.c", PAGE, re.M).groups()
     assert SOURCE.count(right) == 1
-    answers = answered(SOURCE.replace(right, wrong), folder, tmp_path)
+    answers = answered(SOURCE.replace(right, wrong), vectors_folder, tmp_path)
     for path in [*answers.rglob("hidden*"), *answers.rglob("cached*"), *answers.rglob("greedy*")]:
         path.unlink()
-    _, table, _ = judged(folder, answers, tmp_path, capsys)
+    _, table, _ = judged(vectors_folder, answers, tmp_path, capsys)
     assert len(SHOWN[1]) > 300 and rounded(table) == rounded(SHOWN[1])
     section = README[README.index("## Check your own port"):]
     begin = re.search(r"```text\n(.*?)```", section, re.S)[1]
     assert begin.count("\n") > 3 and table.startswith(begin)
 
 
-def test_a_mistake_without_a_name_is_shown(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_mistake_without_a_name_is_shown(vectors_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(diagnose, "SECONDS", 0)                # no pairs, which take minutes
     right = "x[i] += a[i];"
     assert SOURCE.count(right) == 2 and f"`{right[:-1]}` in `block`" in PAGE
-    answers = answered(SOURCE.replace(right, "x[i] += a[i] / 2;", 1), folder, tmp_path)
+    answers = answered(SOURCE.replace(right, "x[i] += a[i] / 2;", 1), vectors_folder, tmp_path)
     for case in NEOX:                                          # one family is enough
         shutil.rmtree(answers / case)
-    _, table, _ = judged(folder, answers, tmp_path, capsys)
+    _, table, _ = judged(vectors_folder, answers, tmp_path, capsys)
     assert SHOWN[2].count("\n") == 3 and SHOWN[2] in table
     assert table.count("none of the known mistakes gives these numbers") == len(NEO)
 
@@ -161,8 +160,8 @@ def test_the_page_s_links_and_commands_are_true():
     ("model.safetensors", b"\0" * 4, "is not a .safetensors file"),
     ("model.safetensors", b"\2" + b"\0" * 7 + b"{}", "has no transformer.wte.weight"),
     ("npy/input_ids.npy", b"12 13 14", "is not a .npy file of int64")])
-def test_damaged_vectors_are_one_line(name, content, said, port, folder, tmp_path):  # noqa: F811
-    vectors = shutil.copytree(folder, tmp_path / "vectors")
+def test_damaged_vectors_are_one_line(name, content, said, port, vectors_folder, tmp_path):
+    vectors = shutil.copytree(vectors_folder, tmp_path / "vectors")
     (vectors / "neo-global-first" / name).write_bytes(content)
     run = subprocess.run([port, vectors, tmp_path / "answers"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and said in run.stderr

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import good
 from hub_server import Hub, Processes
 from load_weights import AutoModelForCausalLM
-from test_bad_input import good
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 # huggingface_hub waits 23 s in all before it gives up.

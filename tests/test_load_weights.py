@@ -297,7 +297,8 @@ def test_scaled_rotation_is_refused(key, kind):
             GPTNeoXConfig.from_dict({key: {spelling: kind, "factor": 2.0}})
 
 
-# GPT-NeoX-20B's config.json as of 2022: FACTS 2.9
+# GPT-NeoX-20B's config.json as transformers 4.19.0.dev0 wrote it in 2022; the sizes are those of
+# EleutherAI/gpt-neox, configs/20B.yml.
 NEOX_20B = dict(architectures=["GPTNeoXForCausalLM"], attention_probs_dropout_prob=0.1, bos_token_id=0,
                 eos_token_id=2, hidden_act="gelu_fast", hidden_dropout_prob=0.1, hidden_size=6144,
                 initializer_range=0.02, intermediate_size=24576, layer_norm_eps=1e-5,
@@ -521,7 +522,7 @@ def test_a_head_that_was_untied_by_hand_is_not_dropped(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 def neo_shapes(L, d, V=50257, positions=2048):
-    """Names and shapes on the hub, FACTS 4.1, written out by hand."""
+    """Names and shapes on the hub, written out by hand from transformers' modeling_gpt_neo.py."""
     f, shapes = 4 * d, {"transformer.wte.weight": (V, d), "transformer.wpe.weight": (positions, d),
                         "transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
     for i in range(L):
@@ -535,7 +536,7 @@ def neo_shapes(L, d, V=50257, positions=2048):
 
 
 def neox_shapes(L, d, V):
-    """The same for GPT-NeoX, FACTS 4.2."""
+    """The same for GPT-NeoX, from modeling_gpt_neox.py."""
     f, shapes = 4 * d, {"gpt_neox.embed_in.weight": (V, d), "embed_out.weight": (V, d),
                         "gpt_neox.final_layer_norm.weight": (d,), "gpt_neox.final_layer_norm.bias": (d,)}
     for i in range(L):
@@ -549,7 +550,8 @@ def neox_shapes(L, d, V):
     return shapes
 
 
-#                 L     d   H  weights in all (FACTS 5.1, 5.4)
+# Sizes: TransformerLensOrg/TransformerLens, docs/source/_static/model_properties_table.jsonl.
+#                 L     d   H  weights in all, computed from the shapes
 NEO_SIZES = {
     "gpt-neo-125m": (12, 768, 12, 125_198_592), "gpt-neo-1.3B": (24, 2048, 16, 1_315_575_808),
     "gpt-neo-2.7B": (32, 2560, 20, 2_651_307_520),
@@ -558,7 +560,9 @@ NEO_SIZES = {
     "TinyStories-33M": (4, 768, 16, 68_514_048), "TinyStories-1Layer-21M": (1, 1024, 16, 66_155_520),
     "TinyStories-2Layers-33M": (2, 1024, 16, 78_748_672),
 }
-#                 L     d   H      V  rotated dims, weights in all (FACTS 5.2 to 5.4; None: no total there)
+# Sizes: EleutherAI/gpt-neox configs/20B.yml, EleutherAI/pythia models/*/*.yml, Lightning-AI/litgpt litgpt/config.py,
+# Stability-AI/StableLM configs, and the models' cards.
+#                 L     d   H      V  rotated dims, weights in all, computed from the shapes (None: not computed)
 NEOX_SIZES = {
     "gpt-neox-20b": (44, 6144, 64, 50432, 24, 20_554_567_680),
     "pythia-14m": (6, 128, 4, 50304, 8, 14_067_712), "pythia-31m": (6, 256, 8, 50304, 8, 30_494_720),

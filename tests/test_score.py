@@ -13,9 +13,8 @@ import transformers
 import generate
 import score
 from conftest import ROOT
-from helpers import ours, random_case, reference, relative
+from helpers import good, ours, random_case, reference, relative
 from load_weights import AutoModelForCausalLM, AutoTokenizer
-from test_bad_input import good
 
 DEMOS = ["demo-neo", "demo-neox"]
 FAMILIES = ["gpt_neo", "gpt_neox"]

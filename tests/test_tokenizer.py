@@ -325,7 +325,7 @@ def test_saving_beside_another_tokenizer_is_refused(pairs, folders, tmp_path):
 
 
 def test_added_tokens_above_the_vocabulary(folders, tmp_path):
-    """As in oasst-sft-1-pythia-12b; the golden is text-generation-inference's (FACTS 8.6)."""
+    """As in oasst-sft-1-pythia-12b; the golden is huggingface/text-generation-inference's, integration-tests."""
     names = {50278: "<|prompter|>", 50279: "<|system|>", 50280: "<|prefix_begin|>", 50281: "<|assistant|>"}
 
     def add(data):

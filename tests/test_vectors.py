@@ -17,10 +17,8 @@ from mistakes import planted, variants
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vectors") / "vectors"
-    assert compare.main(["--vectors", str(path)]) == 0
-    return path
+def folder(vectors_folder):
+    return vectors_folder
 
 
 @pytest.fixture(scope="session")
