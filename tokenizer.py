@@ -301,11 +301,8 @@ class Tokenizer:
         truncation = truncation not in (None, False, "do_not_truncate")
         pairs = self._encode_pairs(text, text_pair, rows, truncation)
         if truncation:
-            length = max_length or self.model_max_length
-            if padding and pad_to_multiple_of and length < UNLIMITED and length % pad_to_multiple_of:
-                raise ValueError(f"truncation to {length} tokens, which is not a multiple of "
-                                 f"pad_to_multiple_of ({pad_to_multiple_of})")
-            rows = [row[-length:] if self.truncation_side == "left" else row[:length] for row in rows]
+            rows = self._truncate(rows, max_length or self.model_max_length,
+                                  padding and pad_to_multiple_of)
         out = {"input_ids": [row + pair for row, pair in zip(rows, pairs)],
                "token_type_ids": [[0] * len(row) + [1] * len(pair) for row, pair in zip(rows, pairs)],
                "attention_mask": [[1] * (len(row) + len(pair)) for row, pair in zip(rows, pairs)]}
@@ -330,6 +327,13 @@ class Tokenizer:
         if truncation:
             raise ValueError("pairs of texts are not truncated here: leave out truncation and max_length")
         return [self._encode(pair) for pair in pairs]
+
+    def _truncate(self, rows, length, multiple):
+        """At most `length` ids of each row.  multiple: what the rows will be padded to, or None."""
+        if multiple and length < UNLIMITED and length % multiple:
+            raise ValueError(f"truncation to {length} tokens, which is not a multiple of "
+                             f"pad_to_multiple_of ({multiple})")
+        return [row[-length:] if self.truncation_side == "left" else row[:length] for row in rows]
 
     def pad(self, encoded, padding=True, max_length=None, pad_to_multiple_of=None, padding_side=None,
             return_attention_mask=None, return_tensors=None, verbose=True):
@@ -594,13 +598,18 @@ class Tokenizer:
 
     def _index(self):
         """The tables between tokens, ids and bytes, and the texts to cut out."""
-        self._tokens = {id: text for text, id in self._ids.items()}
+        self._tokens = {id: self._written(text) for text, id in self._ids.items()}
         self._bytes = {id: token_bytes(text) for id, text in self._tokens.items()}
-        self._special_ids = {self._ids[text] for text in self._special}
+        self._special_ids = {id for id, text in self._tokens.items() if text in self._special}
         self._raw = {text: token.id for text, token in self._added.items() if not token.normalized}
-        self._normalized = {self._normalize(text): token.id
+        self._normalized = {self._written(text): token.id
                             for text, token in self._added.items() if token.normalized}
         self._cut_raw, self._cut_normalized = matcher(self._raw), matcher(self._normalized)
+
+    def _written(self, text):
+        """How a token is written in text: `tokenizers` normalizes added tokens that say normalized."""
+        token = self._added.get(text)
+        return self._normalize(text) if token and token.normalized else text
 
     def save_pretrained(self, folder):
         """Writes the very files that were read, and tokenizer_config.json with today's settings.

@@ -99,6 +99,7 @@ def is_input_names(value):
 
 FLAG, OFF, ANY = one_of(True, False), one_of(None, False), Rule(lambda value: True, "anything")
 NEUTRAL_FLAG, NOTHING = one_of(None, True, False), one_of(None)
+ABSENT = Rule(lambda value: False, "only a file without this field")   # null fails in transformers
 TEXT = Rule(is_text, "a text that is not empty and has no half of a surrogate pair")
 ID = Rule(is_id, "a whole number from 0 to 4294967295")
 COUNT = Rule(lambda value: value is None or (is_id(value) and value > 0), "null or a whole number above 0")
@@ -267,7 +268,7 @@ CONFIG = {
     "chat_control_tokens": Rule(lambda v: v is None or isinstance(v, list), "null or a list"),
     "tokenizer_class": Rule(lambda v: v is None or is_text(v), "null or a text"),
     "model_input_names": Rule(is_input_names, 'a list of "input_ids", "attention_mask"'),
-    "auto_map": NOTHING, "fast_tokenizer_files": NOTHING, "model_specific_special_tokens": NOTHING,
+    "auto_map": ABSENT, "fast_tokenizer_files": ABSENT, "model_specific_special_tokens": NOTHING,
 }
 # Arguments of transformers' constructors, which no file of a checkpoint should set.
 INSIDE = ("vocab", "merges", "tokenizer_object", "gguf_file", "init_inputs", "post_processor",
@@ -278,6 +279,8 @@ INSIDE = ("vocab", "merges", "tokenizer_object", "gguf_file", "init_inputs", "po
 def check_config(path, config, cls, has_tokenizer_json):
     """tokenizer_config.json.  A field that transformers has no use for either is let through."""
     rules = dict(CONFIG)
+    if cls.normalizes:                                 # GPT-NeoX's hands it to `tokenizers`
+        rules["trim_offsets"] = FLAG
     if has_tokenizer_json:                             # whose post_processor says it (transformers)
         rules |= dict(add_bos_token=NEUTRAL_FLAG, add_eos_token=NEUTRAL_FLAG)
     for key in config.keys() - rules.keys():

@@ -310,3 +310,19 @@ def test_ids_that_are_none(kind, file, path, id, tmp_path):
     change(data, path, id)
     (folder / file).write_text(json.dumps(data))
     assert same_or_refused(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("text", ["e\u0301", "<e\u0301>"])
+def test_an_added_token_that_normalizes_to_another_text(text, special, tmp_path):
+    """`tokenizers` decodes it as normalized, and then no longer takes it for special."""
+    data = tokenizer_json(nfc=True)
+    data["added_tokens"].append(ADDED | dict(id=END + 1, content=text, special=special, normalized=True))
+    assert not same_or_refused(write(tmp_path / "f", "neox", data=data))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("field", ["auto_map", "fast_tokenizer_files", "trim_offsets"])
+def test_null_where_the_reference_takes_none(field, tmp_path):
+    assert same_or_refused(write(tmp_path / "f", "neox", {"tokenizer_class": "GPTNeoXTokenizer", field: None}))
