@@ -49,7 +49,7 @@ from safetensors.torch import save_file
 from attention import choose_backend
 from base import PreTrainedModel
 from diagnose import diagnose, make_ids, told_apart, trace
-from files import error_line, plain
+from files import error_line, plain, replace_closed_stderr
 from load_weights import NAMES, AutoModelForCausalLM, official_names, our_name, read_config, read_tensors
 from neo import GPTNeoConfig
 from neox import GPTNeoXConfig
@@ -650,6 +650,7 @@ def judge_vectors(folder, answers, junit_path=None):
 
 def main(argv=None):
     """Exit status: 0 the same, 1 different, 2 with one line on what is wrong."""
+    replace_closed_stderr()
     args = arguments(argv)
     try:
         if args.vectors:

@@ -12,6 +12,7 @@ import glob
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def shown(value, limit=80):
 def error_line(error):
     """The first line of an exception's message, or its type where it has none."""
     return plain((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
+
+
+def replace_closed_stderr():
+    """Where standard error is closed, as by 2>&-, messages and progress bars go nowhere."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
 
 
 # ------------------------------------------------------------------------------------------------

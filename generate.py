@@ -10,6 +10,7 @@ This file is the command line; the loop that generates is in sampling.py.
 import argparse
 import codecs
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -18,6 +19,7 @@ import time
 import torch
 
 from attention import choose_backend
+from files import replace_closed_stderr
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate)
 from score import likeliest, read_text, score_text, window_and_stride
@@ -28,15 +30,15 @@ from score import likeliest, read_text, score_text, window_and_stride
 
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "demo-neo")
 
-# Options that are settings of generate.  Where one is not given, the checkpoint's
-# generation_config.json decides, and where that is silent, the default in the help.
-SETTINGS = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
-GENERATION = ("max_new_tokens", "temperature", *SETTINGS, "greedy", "seed", "num_samples", "stop",
-              "compile", "interactive")                    # options that only generation has
+# Options that choose how a text is continued.  Where one is not given, the checkpoint's
+# generation_config.json decides, and where that has no such setting, the default in the help.
+SETTINGS = ("max_new_tokens", "temperature", "greedy", "top_k", "top_p", "min_p",
+            "repetition_penalty", "no_repeat_ngram_size")
+GENERATION = (*SETTINGS, "seed", "num_samples", "stop", "compile", "interactive")
 
 
 def arguments(argv=None):
-    """The options, parsed and checked; what is wrong with them ends the program with status 2."""
+    """The options, parsed and checked; if they are wrong, the program ends with status 2."""
     parser = argparse.ArgumentParser(
         description="Continue a prompt with GPT-Neo, GPT-NeoX, Pythia or TinyStories, or evaluate "
                     "a text. The text goes to standard output, everything else to standard error.")
@@ -44,11 +46,12 @@ def arguments(argv=None):
     add_model_options(parser.add_argument)
     add = parser.add_argument
     add("--score", metavar="FILE",
-        help="instead of generating: evaluate this text, its loss, bits per byte and perplexity; "
+        help="instead of generating: print loss, bits per byte and perplexity of this text file; "
              "- is standard input")
     add("--stride", type=int, metavar="N",
         help="stride of --score's sliding window (default: half the window)")
-    add("--top", type=int, metavar="N", help="instead of generating: the N likeliest next tokens")
+    add("--top", type=int, metavar="N",
+        help="instead of generating: print the N likeliest next tokens")
     args = parser.parse_args(argv)
     if problem := what_is_wrong(args, parser):
         parser.error(problem)
@@ -58,50 +61,55 @@ def arguments(argv=None):
 def add_generation_options(add):
     add("prompt", nargs="?", help="the text to continue")
     add("--max-new-tokens", type=int, metavar="N",
-        help="at most this many (default: 200, or what fits)")
+        help="generate at most N tokens (default: 200, or fewer where the model has no more "
+             "positions)")
     add("--temperature", type=float, metavar="X",
-        help="default 0.9; 0 is greedy.  For this and the next five options the checkpoint's "
-             "generation_config.json goes before the default")
+        help="temperature of sampling (default 0.9); 0 means greedy decoding.  This option and the "
+             "next five have another default if the checkpoint's generation_config.json names one")
     add("--top-k", type=int, metavar="K",
         help="sample from the K likeliest tokens (default 50; 0 is off)")
     add("--top-p", type=float, metavar="P",
-        help="sample from the fewest tokens that hold probability P (default 1, which is off)")
+        help="sample from the fewest tokens that together have the probability P (default 1, off)")
     add("--min-p", type=float, metavar="P",
         help="sample from tokens with at least P times the largest probability (default 0, off)")
-    add("--repetition-penalty", type=float, metavar="X", help="default 1, which is off")
+    add("--repetition-penalty", type=float, metavar="X",
+        help="above 1, make tokens that are already in the text less likely (default 1, off)")
     add("--no-repeat-ngram-size", type=int, metavar="N",
-        help="write no N tokens twice (default 0, which is off)")
-    add("--greedy", action="store_true", help="greedy decoding: always the likeliest token")
+        help="never write the same N tokens in a row twice (default 0, off)")
+    add("--greedy", action="store_true", help="greedy decoding: always take the likeliest token")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--num-samples", type=int, default=1, metavar="N",
-        help="texts to generate, an empty line between them")
+        help="how many texts to generate (default 1); an empty line stands between them")
     add("--stop", action="append", default=[], metavar="TEXT",
-        help="end before this text; may be repeated")
-    add("--interactive", action="store_true", help="read prompts from standard input, one a line")
+        help="end the text before TEXT; may be given several times")
+    add("--interactive", action="store_true",
+        help="read prompts from standard input, one on each line")
 
 
 def add_model_options(add):
-    add("--model", default=DEMO, help="folder or hub id (default: the bundled demo checkpoint)")
+    add("--model", default=DEMO, metavar="NAME",
+        help="a folder or a hub id (default: the bundled demo checkpoint)")
     add("--tokenizer", metavar="NAME",
         help="folder or hub id of the tokenizer, for a checkpoint without its own (TinyStories: "
              "EleutherAI/gpt-neo-125M)")
     add("--revision", metavar="NAME",
         help="the model's branch, tag or commit on the hub; Pythia's training steps are step0 ... "
              "step143000")
-    add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda if there is a GPU)")
     add("--dtype", default="float32", metavar="NAME",
-        help="float32, bfloat16, float16, auto (the checkpoint's)")
+        help="float32 (default), bfloat16, float16, or auto for the checkpoint's own")
     add("--backend", default="auto", metavar="NAME",
-        help="attention: auto, naive, sdpa, triton, flash")
+        help="attention backend: auto (default), naive, sdpa, triton, flash")
     add("--compile", action="store_true",
-        help="compile decoding: some seconds at first, then about twice the speed or more on a CPU")
+        help="compile decoding: takes some seconds first, then decodes at least about twice as "
+             "fast on a CPU")
 
 
 def what_is_wrong(args, parser):
     """Why these options cannot go together, or None."""
     instead = [f"--{name}" for name in ("score", "top") if getattr(args, name) is not None]
     generation = ["--" + name.replace("_", "-") for name in GENERATION
-               if getattr(args, name) != parser.get_default(name)]
+                  if getattr(args, name) != parser.get_default(name)]
     if len(instead) == 2:
         return "--score and --top exclude each other"
     if instead and generation:
@@ -140,33 +148,39 @@ def text_until(pieces, stops):
     yield held
 
 
-def settings_of(args, model, prompt_length):
-    """Settings from the command line, where 0 is a temperature and the length fits the model."""
-    room = model.config.position_limit
-    new = args.max_new_tokens
-    if new is None:
-        new = 200 if room is None else max(1, min(200, room - prompt_length))
-    temperature = args.temperature
+def settings_of(model, prompt_length, *, max_new_tokens, temperature, greedy, **given):
+    """Settings from the command line's options, where None means that one was not given.
+
+    Here 0 is a temperature and means greedy decoding, and the length fits the model by default.
+    """
+    if max_new_tokens is None:
+        positions = model.config.position_limit
+        room = 200 if positions is None else positions - prompt_length
+        max_new_tokens = max(1, min(200, room))
     if temperature is None:
         temperature = as_dict(model.generation_config).get("temperature", 0.9)
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    greedy = args.greedy or temperature == 0
+    given = {name: value for name, value in given.items() if value is not None}
+    greedy = greedy or temperature == 0
     return Settings.of(model, dict(
         given, do_sample=not greedy, temperature=1.0 if greedy else temperature,
-        max_new_tokens=new, max_length=None, num_return_sequences=1))
+        max_new_tokens=max_new_tokens, max_length=None, num_return_sequences=1))
 
 
-def continue_prompt(model, tokenizer, prompt, args, generator):
-    """Continue one prompt; returns (prompt tokens, seconds, new tokens, seconds)."""
+def continue_prompt(model, tokenizer, prompt, options, *, generator, stops, compile):
+    """Print a prompt and its continuation.
+
+    options: for `settings_of`; stops: texts before which to end.
+    Returns (prompt tokens, seconds, new tokens but the first, seconds).
+    """
     check_text(prompt, "the prompt")
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
-    settings = settings_of(args, model, ids.size(1))
+    settings = settings_of(model, ids.size(1), **options)
     check_prompt(model, ids, None, settings)
     times = [time.perf_counter()]
 
     def tokens():
         for token in stream(model, ids, settings=settings, generator=generator, tokenizer=tokenizer,
-                            real_vocab=len(tokenizer), compile=args.compile):
+                            real_vocab=len(tokenizer), compile=compile):
             times.append(time.perf_counter())
             yield token.item()
 
@@ -174,10 +188,30 @@ def continue_prompt(model, tokenizer, prompt, args, generator):
         first = next(new)                                  # errors come before any text
         print(prompt, end="", flush=True)
         pieces = tokenizer.stream(itertools.chain([first], new), skip_special_tokens=True)
-        for piece in text_until(pieces, args.stop):
+        for piece in text_until(pieces, stops):
             print(piece, end="", flush=True)
     print(flush=True)
     return ids.size(1), times[1] - times[0], len(times) - 2, times[-1] - times[1]
+
+
+def print_texts(model, tokenizer, prompts, count, interactive, **how):
+    """Print `count` continuations of each prompt; returns what continue_prompt says of each.
+
+    how: for `continue_prompt`.  Raises ValueError for a prompt that cannot be continued; where
+    prompts are typed (interactive), it prints that error and takes the next prompt.
+    """
+    counts = []
+    for prompt in prompts:
+        try:
+            for _ in range(count):
+                if counts:
+                    print(flush=True)
+                counts.append(continue_prompt(model, tokenizer, prompt, **how))
+        except ValueError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+    return counts
 
 
 def check_text(text, what):
@@ -188,24 +222,27 @@ def check_text(text, what):
         raise ValueError(f"{what} is not UTF-8 at character {error.start + 1}") from None
 
 
-def status(model, args, counts):
-    """One line: what ran, on what, how fast, in how much memory."""
+def status(model, name, backend, counts):
+    """One line: which model ran, on which device, how fast, and in how much memory.
+
+    name, backend: as they were asked for; counts: what print_texts returned.
+    """
     prompt, prompt_seconds, new, new_seconds = (sum(column) for column in zip(*counts))
-    chosen = choose_backend(args.backend)
-    backend = f"{chosen} ({args.backend})" if chosen != args.backend else chosen
+    chosen = choose_backend(backend)
+    backend = f"{chosen} ({backend})" if chosen != backend else chosen
     speed = f"{new / new_seconds:.0f} tokens/s" if new else "no more"
-    name = os.path.basename(os.path.normpath(args.model))
-    return (f"{name} · {model.num_parameters() / 1e6:.1f} M weights"
+    return (f"{os.path.basename(os.path.normpath(name))}"
+            f" · {model.num_parameters() / 1e6:.1f} M weights"
             f" · {model.device} {str(model.dtype).removeprefix('torch.')} · attention {backend}"
             f" · prompt {prompt} tokens, {prompt / prompt_seconds:.0f} tokens/s"
             f" · then {speed} · peak memory {peak_memory(model.device) / 2**20:.0f} MiB")
 
 
 def peak_memory(device):
-    """The most bytes that this process ever held: on the GPU if the model is there."""
+    """The most bytes that this process has ever held on the GPU, or for a CPU in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):                     # Linux; getrusage counts the parent
+    with contextlib.suppress(OSError):                     # Linux: getrusage counts the parent
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     import resource
@@ -222,14 +259,17 @@ def usable_device(name):
         raise ValueError(f"--device {name} cannot be used here: {reason}") from None
 
 
-def load(args):
-    """Model and tokenizer, as the options say."""
-    device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model,
-                                              revision=None if args.tokenizer else args.revision)
+def load(name, *, tokenizer, revision, dtype, device, backend):
+    """Model and tokenizer; for each of these options see --help.
+
+    Raises ValueError or OSError for what cannot be loaded, ImportError for a backend that cannot
+    be used.
+    """
+    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer or name,
+                                              revision=None if tokenizer else revision)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model, revision=args.revision, torch_dtype=args.dtype, device=device,
-        attn_implementation=args.backend)
+        name, revision=revision, torch_dtype=dtype, device=device, attn_implementation=backend)
     return model, tokenizer
 
 
@@ -237,11 +277,9 @@ def load(args):
 # The command
 # ------------------------------------------------------------------------------------------------
 
-def print_score(args):
+def print_score(model, tokenizer, text, stride):
     """What --score prints."""
-    text = read_text(args.score)                           # before the weights, which may be many
-    model, tokenizer = load(args)
-    L, S = window_and_stride(model.config, args.stride)
+    L, S = window_and_stride(model.config, stride)
     score = score_text(model, tokenizer, text, S)
     print(f"loss           {score.loss:.6f} nats a token\n"
           f"bits per byte  {score.bits_per_byte:.6f}\n"
@@ -250,48 +288,45 @@ def print_score(args):
           f"window         {L} tokens, stride {S}")
 
 
-def print_top(args):
+def print_top(model, tokenizer, prompt, count):
     """What --top prints: probability, id and text of each token."""
-    check_text(args.prompt, "the prompt")
-    for p, id, text in likeliest(*load(args), args.prompt, args.top):
+    for p, id, text in likeliest(model, tokenizer, prompt, count):
         print(f"{p:.6f} {id:6d}  {text}")
 
 
 def run(args):
-    """The whole command: load, write each text, say how it went."""
+    """The whole command.  What is wrong with the texts is said before weights are loaded."""
+    loaded = functools.partial(
+        load, args.model, tokenizer=args.tokenizer, revision=args.revision, dtype=args.dtype,
+        device=args.device, backend=args.backend)
     if args.score is not None:
-        return print_score(args)
+        text = read_text(args.score)
+        return print_score(*loaded(), text, args.stride)
     if args.top is not None:
-        return print_top(args)
+        check_text(args.prompt, "the prompt")
+        return print_top(*loaded(), args.prompt, args.top)
     if args.interactive and sys.stdin is None:
         raise ValueError("--interactive reads prompts from standard input, which is closed")
     for stop in args.stop:
         check_text(stop, "--stop")
-    model, tokenizer = load(args)
+    model, tokenizer = loaded()
     generator = torch.Generator(model.device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
-    counts = []
-    for prompt in prompts(args):
-        try:
-            for _ in range(args.num_samples):
-                if counts:
-                    print(flush=True)
-                counts.append(continue_prompt(model, tokenizer, prompt, args, generator))
-        except ValueError as error:
-            if not args.interactive:
-                raise
-            print(f"error: {error}", file=sys.stderr)      # the next prompt may be a better one
+    counts = print_texts(
+        model, tokenizer, prompts(args.prompt, args.interactive), args.num_samples,
+        args.interactive, options={name: getattr(args, name) for name in SETTINGS},
+        generator=generator, stops=args.stop, compile=args.compile)
     if counts:
-        print(status(model, args, counts), file=sys.stderr)
+        print(status(model, args.model, args.backend, counts), file=sys.stderr)
 
 
-def prompts(args):
-    """The prompt, then, if interactive, each line of standard input that holds anything."""
-    if args.prompt is not None:
-        yield args.prompt
-    if not args.interactive:
+def prompts(first, interactive):
+    """The first prompt, unless it is None; then, if interactive, the lines of standard input."""
+    if first is not None:
+        yield first
+    if not interactive:
         return
-    if hasattr(sys.stdin, "reconfigure"):                  # what is not UTF-8: check_text says so
+    if hasattr(sys.stdin, "reconfigure"):                  # check_text reports what is not UTF-8
         sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         print("prompt> ", end="", file=sys.stderr, flush=True)
@@ -307,7 +342,7 @@ def prompts(args):
 
 
 def replace_what_cannot_be_written(output):
-    """Let `output` write ? for characters that its encoding does not have; returns their list."""
+    """Let `output` write ? for characters that its encoding lacks; returns the list of them."""
     replaced = []
 
     def replace(error):
@@ -322,6 +357,7 @@ def replace_what_cannot_be_written(output):
 
 def main(argv=None):
     """Exit status: 0, 2 with one line on what is wrong, 130 when interrupted."""
+    replace_closed_stderr()
     args = arguments(argv)
     replaced = replace_what_cannot_be_written(sys.stdout)
     try:
@@ -350,7 +386,7 @@ def main(argv=None):
 
 
 def discard_output():
-    """What is still to be written to standard output goes nowhere."""
+    """Throw away what is still to be written to standard output."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -41,7 +41,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from files import error_line, read_json, write_files
+from files import error_line, read_json, replace_closed_stderr, write_files
 from training.model import learning_rate, new_model, parameter_groups
 from training.new_tokenizer import CLASSES, new_tokenizer
 from training.processes import (
@@ -511,8 +511,7 @@ def is_out_of_memory(error):
 
 def main(argv=None):
     """Exit status: 0 finished, 130 stopped by Ctrl-C, 2 with one line on what is wrong."""
-    if sys.stderr is None:                                  # closed, as by 2>&-
-        sys.stderr = open(os.devnull, "w")
+    replace_closed_stderr()
     try:
         if processes() > 1:
             join_processes()

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import compare
 import generate
 from helpers import TINY_POSITIONS, TINY_VOCAB, good
 from load_weights import AutoModelForCausalLM
@@ -633,6 +634,16 @@ def test_standard_output_that_cannot_be_written(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert generate.main(["hi", "--model", str(good("gpt_neo"))]) == 2
     assert capsys.readouterr().err == "error: standard output is closed: there is nowhere to write the text\n"
+
+
+def test_a_closed_standard_error_stops_nothing(monkeypatch, capsys, tmp_path):
+    """Standard output then still holds the text alone."""
+    monkeypatch.setattr(sys, "stderr", None)
+    demo = str(ROOT / "checkpoints" / "demo-neo")
+    assert generate.main(["HAMLET.", "--greedy", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().out == "HAMLET.\n\n"
+    monkeypatch.setattr(sys, "stderr", None)
+    assert compare.main([demo, "--lengths", "2", "--save-ours", str(tmp_path / "ours.safetensors")]) == 0
 
 
 @pytest.mark.parametrize("encoding, begins", [("cp1252", "é?–".encode("cp1252")), ("ascii", b"???"), ("utf-8", "é猫–".encode())])
