@@ -7,13 +7,13 @@
 Every backend takes q (B, H, T, D) and k, v (B, H, S, D), where the T queries are the *last* T of
 the S positions, and returns (B, H, T, D) in v's dtype.
 
-    visible      which key may a query read?  One rule for prefill, decoding and everything between.
+    visible      which keys may a query read?  One rule for prefill, decode and chunks between.
     naive        the definition.  Bit-identical to transformers' eager attention, and slow.
-    attention    the one function that models call; it picks the backend.
-    KVCache      remembers keys and values; local layers remember only their window.
+    attention    the one function that models call; it chooses the backend.
+    KVCache      keeps keys and values; a local layer keeps only those of its window.
 
-    sdpa         torch's fused kernel; on a local layer it never looks outside the window.
-    triton       our own kernel, forward and backward, which visits only what the window reaches.
+    sdpa         torch's fused kernel; on a local layer it computes nothing outside the window.
+    triton       our own kernel, forward and backward, which reads only the keys in the window.
     flash        the flash-attn package.
 """
 
@@ -38,8 +38,9 @@ def visible(T, S, window=None, device=None):
     (mesh-tensorflow's local attention reads (p - radius, p]; transformers' GPTNeoSelfAttention
     takes the exclusive or of two triangles, which is the same.)
 
-    The last query is the last position.  Counting from this lower-right corner makes one rule do
-    for prefill (T == S), decoding (T == 1) and chunks on a filled cache (1 < T < S).
+    The last query is the last position.  Because positions are counted from this lower-right
+    corner, one rule serves prefill (T == S), decode (T == 1) and a chunk of tokens on a filled
+    cache (1 < T < S).
     """
     i = torch.arange(S - T, S, device=device)[:, None]    # (T, 1) position of each query
     j = torch.arange(S, device=device)[None, :]           # (1, S) position of each key
@@ -61,17 +62,16 @@ def naive(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
           mask_twice=False, return_weights=False):
     """softmax(q kᵀ · scale + mask) v, in transformers' order of operations, to the last bit.
 
-    `upcast` computes the scores in at least float32, as GPT-Neo does; GPT-NeoX computes them in the
-    model's dtype.  The softmax is in at least float32 in both.
+    Arguments and results are those of `attention`.
 
-    A key that a query may not read gets the lowest finite number added to its score.  Its weight is
-    then 0, unless the query may read nothing at all (in a padded batch): such a query averages
-    values, where -inf would make it NaN.  GPT-Neo masks twice (`mask_twice`): it first replaces the
-    scores that the window or the causal edge forbids, then adds a mask of causal edge and padding.
-    This changes only what a query that may read nothing averages.
+    A key that a query may not read gets the lowest finite number added to its score, so its weight
+    is 0.  In a padded batch a query may have no key to read; with finite numbers its output is some
+    average of the values, where -inf would give NaN.  GPT-Neo masks twice (`mask_twice`): first it
+    replaces the scores that the window or the causal rule forbids, then it adds a mask of the
+    causal rule and the padding.  Only the outputs of queries without a key depend on this.
     (transformers: eager_attention_forward in modeling_gpt_neox.py, GPTNeoSelfAttention._attn.)
     """
-    # transformers' cache hands on contiguous keys and values; other strides can round differently.
+    # transformers' cache returns contiguous keys and values; other strides can round differently.
     k, v = k.contiguous(), v.contiguous()
     if upcast:
         q, k = q.to(at_least_float32(q.dtype)), k.to(at_least_float32(k.dtype))
@@ -88,11 +88,11 @@ def naive(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
         allowed = allowed & key_mask[:, None, None, :]                     # (B, 1, T, S)
     scores = scores + torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, lowest)
     if key_mask is not None:
-        # In float16 the sum can fall below the lowest number, to -inf.  Where a whole row does, the
-        # reference's output is NaN, which spreads to other tokens; here it stays finite.
+        # In float16 the sum can become -inf.  Where that happens to a whole row, transformers'
+        # output is NaN, which the next layers spread to other tokens; here it stays finite.
         scores = scores.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
     weights = scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(v.dtype)
-    weights = F.dropout(weights, dropout)                                  # every row summed to 1
+    weights = F.dropout(weights, dropout)                                  # (B, H, T, S)
     out = weights @ v                                                      # (B, H, T, D)
     return (out, weights) if return_weights else out
 
@@ -101,7 +101,7 @@ def naive(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
 # The function that models call
 # ------------------------------------------------------------------------------------------------
 
-REFERENCE_NAMES = {"eager": "naive", "flash_attention_2": "flash"}     # transformers' names
+REFERENCE_NAMES = {"eager": "naive", "flash_attention_2": "flash"}     # transformers' -> ours
 
 
 def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dropout=0.0,
@@ -110,14 +110,15 @@ def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dro
 
     q (B, H, T, D); k, v (B, H, S, D); key_mask (B, S) bool, False where a key is padding.
     `scale` is required: GPT-Neo's is 1.0, and a default of 1/sqrt(D) would hide that.
-    `window` None reads every key up to the query, else the last `window` of them.
+    `window`: a query reads the last `window` keys up to its own; with None it reads all of them.
     `dropout` drops attention weights with that probability (models pass 0.0 in eval mode).
-    `upcast` computes the scores in at least float32 (GPT-Neo), else in q's dtype (GPT-NeoX).
-    `mask_twice` masks as GPT-Neo does, see `naive`; the fused backends have no use for it.
+    `upcast`: scores are computed in at least float32 (GPT-Neo), otherwise in q's dtype (GPT-NeoX).
+    The softmax is computed in at least float32 in both families.
+    `mask_twice`: mask as GPT-Neo does, see `naive`; the fused backends do not need it.
 
     Returns (B, H, T, D) in v's dtype; with `return_weights` also the weights (B, H, T, S).
-    Raises ValueError for shapes that do not fit and for a backend that is unknown or unable,
-    ImportError for a backend whose package is missing.
+    Raises ValueError for shapes that do not fit and for a backend that is unknown or cannot do what
+    is asked, ImportError for a backend whose package is missing.
     """
     check_shapes(q, k, v, window, key_mask)
     backend = choose_backend(backend, return_weights)
@@ -128,11 +129,11 @@ def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dro
 
 
 def choose_backend(name="auto", return_weights=False):
-    """Name of the backend that will run: a name that the user gives is checked, "auto" is decided.
+    """The name of the backend that will run: "auto" is decided here, any other name is checked.
 
-    Raises ValueError for an unknown name, or if attention weights are wanted from a fused backend
-    (it never forms them); ImportError if its package is missing.  A backend asked for by name is
-    never replaced by another.
+    Raises ValueError for an unknown name, or if a fused backend is asked for attention weights,
+    which it never computes as a whole; ImportError if the backend's package is missing.  A backend
+    that is asked for by name is never replaced by another.
     """
     if name == "auto":
         return "naive" if return_weights else "sdpa"
@@ -151,7 +152,7 @@ def choose_backend(name="auto", return_weights=False):
 
 
 def check_shapes(q, k, v, window, key_mask):
-    """Raise ValueError, with the shapes, for arguments that no backend could answer rightly."""
+    """Raise ValueError, with the shapes, for tensors or a window that fit no backend."""
     fits = (q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2]
             and q.size(-1) == k.size(-1) and 1 <= q.size(-2) <= k.size(-2))
     if not fits:
@@ -170,17 +171,19 @@ def check_shapes(q, k, v, window, key_mask):
 # ------------------------------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of the tokens read so far, in buffers that are allocated once.
+    """Keys and values of the tokens so far, in buffers that are allocated once.
 
     A global layer has a slot for each of `max_length` positions.  A local layer has `window` slots
-    and uses them as a ring, position p in slot p % window, since no later query can read further
-    back: at 2048 tokens GPT-Neo needs 56.25 % of the bytes of a cache that keeps everything.
+    and uses them as a ring buffer: position p is in slot p % window.  That is enough, since no
+    later query can read further back.  At 2048 tokens GPT-Neo's cache has 56.25 % of the size of
+    one that keeps everything.
 
-    `length` counts the tokens read.  It moves once per forward pass, after all layers.
+    `length` is the number of tokens in the cache.  It grows once per forward pass, after the last
+    layer, so that all layers of a pass see the same length.
     """
 
     def __init__(self, config, batch_size, max_length, dtype=torch.float32, device=None):
-        """config: GPTNeoConfig or GPTNeoXConfig, which know heads, head width and windows."""
+        """config: GPTNeoConfig or GPTNeoXConfig; its heads, head_dim and windows are used."""
         self.length, self.max_length, self.batch_size = 0, max_length, batch_size
         H, D = config.num_attention_heads, config.head_dim
         slots = [max_length if w is None else min(w, max_length) for w in config.windows]
@@ -189,11 +192,11 @@ class KVCache:
 
     @property
     def nbytes(self):
-        """Bytes held, all layers."""
+        """Size in bytes, over all layers."""
         return sum(x.nbytes for x in [*self.keys, *self.values])
 
     def check(self, B, T):
-        """Raise ValueError, with the numbers, if T more tokens for B rows do not fit."""
+        """Raise ValueError, with the numbers, if T more tokens of B rows do not fit."""
         if B != self.batch_size:
             raise ValueError(f"the cache was made for a batch of {self.batch_size}, got {B}")
         if self.length + T > self.max_length:
@@ -201,31 +204,31 @@ class KVCache:
                              f"{T} more do not fit")
 
     def append(self, layer, k, v, key_mask=None):
-        """Store one layer's new k, v (B, H, T, D) and return what its T queries may need.
+        """Store one layer's new k, v (B, H, T, D); return the keys that its T queries may read.
 
         Returns keys and values (B, H, S, D) and the columns of `key_mask` (B, length + T) that
         belong to them.  Keys are in order of position, except for one new token on a full ring:
-        there all keys are visible, and their order makes no difference to attention.
+        then every key is visible, and attention does not depend on their order.
         """
-        if self.length == 0:               # autocast gives k and v dtypes of its own, which are kept
+        if self.length == 0:               # under autocast k and v differ in dtype from the buffers
             self.keys[layer] = self.keys[layer].to(k.dtype)
             self.values[layer] = self.values[layer].to(v.dtype)
         keys, values = self.keys[layer], self.values[layer]
         k, v = k.to(keys.dtype), v.to(values.dtype)
         ring, past, T = keys.size(2), self.length, k.size(2)
-        if past + T <= ring:                                       # nothing to forget yet
+        if past + T <= ring:                                       # there are free slots for all
             keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
             return keys[:, :, :past + T], values[:, :, :past + T], key_mask
 
         if T == 1:                                                 # overwrite the oldest
             slot = past % ring
             keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
-            if key_mask is not None:                               # mask columns in slot order
+            if key_mask is not None:                               # bring the columns in slot order
                 key_mask = key_mask[:, -ring:].roll((past + 1) % ring, dims=1)
             return keys, values, key_mask
 
-        # A chunk that does not fit the ring: its first queries still need keys that its last tokens
-        # overwrite.  So put together what is remembered, in order, and the new; then overwrite.
+        # A chunk that does not fit into the ring: its first queries still read keys whose slots its
+        # last tokens will take.  So copy the old keys, in order, with the new ones; then overwrite.
         kept = min(past, ring)
         old = torch.arange(past - kept, past, device=k.device) % ring
         new = torch.arange(past + T - min(T, ring), past + T, device=k.device)
@@ -236,26 +239,26 @@ class KVCache:
         return seen_k, seen_v, None if key_mask is None else key_mask[:, -(kept + T):]
 
     def advance(self, T):
-        """Count T tokens more, after they have passed through every layer."""
+        """Add T to `length`, after the T tokens have passed through every layer."""
         self.length += T
 
     def keep(self, rows):
-        """Drop the other rows of the batch: rows (B,) bool, True for a row to keep."""
+        """Keep these rows of the batch and drop the others: rows (B,) bool."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
         self.batch_size = int(rows.sum())
 
 
 # ------------------------------------------------------------------------------------------------
-# The same, fused
+# The same, by torch's fused kernel
 # ------------------------------------------------------------------------------------------------
 
 def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=False):
     """torch's scaled_dot_product_attention, which never writes the (T, S) scores to memory.
 
-    Its kernels do not know windows.  A (T, S) mask would make the answer right and the work
-    quadratic, so a local layer is cut into blocks of queries; a block of `window` queries needs
-    the keys of its own block and of the one before it, and no others:
+    Its kernels have no window.  A (T, S) mask would give the right result, but the work would be
+    quadratic in T.  So the queries of a local layer are split into blocks; a block of `window`
+    queries needs the keys of its own block and of the block before it, and no others:
 
         keys     |  0   |  1   |  2   |  3   |
         block 0  |▜     |                        ▜ causal edge
@@ -270,7 +273,7 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
     if window is None or window >= S:
         return fused(q, k, v, scale, None, key_mask, dropout).to(dtype)
 
-    block = max(window, 64)                               # smaller blocks cost more than they save
+    block = max(window, 64)                    # smaller blocks: the calls cost more than they save
     parts = []
     for rows in q.split(block, dim=-2):
         end = S - T + sum(part.size(-2) for part in parts) + rows.size(-2)  # last row's key, + 1
@@ -281,7 +284,7 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
 
 
 def fused(q, k, v, scale, window, key_mask, dropout):
-    """One call of torch's kernel, with a mask only where is_causal does not say what is visible."""
+    """One call of torch's kernel, with a mask only where is_causal is not enough."""
     T, S = q.size(-2), k.size(-2)
     square = T == S and (window is None or window >= S)
     everything = T == 1 and (window is None or window >= S)
@@ -306,37 +309,38 @@ def fused(q, k, v, scale, window, key_mask, dropout):
 #     backward   p  = exp(s - m) / l     dp = do vᵀ              delta = Σ p dp
 #                ds = p (dp - delta)     dq = ds k · scale       dk = dsᵀ q · scale    dv = pᵀ do
 #
-# m is a row's largest score.  It is known only at the end, so the forward pass keeps the largest so
-# far and, when that rises, shrinks what it has summed (online softmax: Milakov and Gimelshein 2018;
-# the tiling is FlashAttention's, Dao et al. 2022).
+# m is the largest score of a row.  It is known only at the end, so the forward pass keeps the
+# largest so far and, whenever that rises, scales down what it has summed (online softmax: Milakov
+# and Gimelshein 2018; the tiling is FlashAttention's, Dao et al. 2022).
 #
-# The backward pass computes p again from q, k, m and l.  A score that is rounded otherwise than in
-# the forward pass would make p more than 1 where all weight is on one key, and may overflow.  So
-# both backward kernels multiply q by kᵀ as the forward pass does, in blocks of queries that begin at
-# the same rows, and never let s - m be more than 0.
+# The backward pass computes p again from q, k, m and l.  If a score were rounded in another way
+# than in the forward pass, p could become larger than 1 where one key has all the weight, and could
+# even overflow.  So both backward kernels multiply q by kᵀ as the forward pass does, in blocks of
+# queries that begin at the same rows, and never let s - m be more than 0.
 #
-# Rows are addressed from a 64-bit base: offsets within a block fit 32 bits, whole tensors may not.
+# Addresses are a 64-bit base plus 32-bit offsets: an offset within a block always fits 32 bits, an
+# offset within a whole tensor may not.
 
 def asked_to_interpret():
-    """Does the environment switch on Triton's interpreter?  Triton reads the variable so."""
+    """Does the environment switch on Triton's interpreter?  Triton accepts the same values."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
-# Triton takes a fifth of a second and 50 MB to import, so it is imported only where its kernels can
-# run, or where it is there already (benchmarks/kernels.py imports it, to compile without a GPU).
+# Importing Triton takes 0.2 s and 50 MB, so it is imported only where its kernels can run, or where
+# it has been imported already (benchmarks/kernels.py does so, to compile without a GPU).
 triton, no_triton = None, ("there is no CUDA GPU; without one, set TRITON_INTERPRET=1 before "
                            "Python starts (slow), or use 'sdpa'")
 if torch.cuda.is_available() or asked_to_interpret() or "triton" in sys.modules:
     try:
         import triton
         import triton.language as tl
-    except Exception as error:                             # broken is as good as missing
+    except Exception as error:                             # a broken package raises anything
         no_triton = f"importing the triton package failed ({error}); pip install triton==3.7.1"
 
 
 def jit(kernel):
-    """triton.jit, or without Triton the function itself, to be read and not run."""
-    # Lengths stay variables: otherwise every new length would be compiled anew.
+    """triton.jit; without Triton the function itself, which then cannot be run."""
+    # do_not_specialize: otherwise Triton would compile anew for some of the lengths.
     return kernel if triton is None else triton.jit(kernel, do_not_specialize=("T", "S", "window"))
 
 
@@ -356,7 +360,7 @@ def load(X, strides, batch, head, first, ok, D: tl.constexpr, D_PAD: tl.constexp
 
 @jit
 def store(X, strides, batch, head, first, ok, value, D: tl.constexpr, D_PAD: tl.constexpr):
-    """The same way back, rounded to X's dtype."""
+    """Write the rows that `load` reads, rounded to X's dtype."""
     at = rows_of(X, strides, batch, head, first, ok.shape[0], D_PAD)
     tl.store(at, value.to(X.dtype.element_ty), mask=ok[:, None] & (tl.arange(0, D_PAD) < D)[None, :])
 
@@ -411,16 +415,14 @@ def forward_kernel(Q, K, V, KEY_MASK, O, M, L, q_strides, k_strides, v_strides, 
     tl.store(L + line, l, mask=row < T)
 
 
+# delta equals Σ do · o, which would save the first sweep.  But in rows where one key has nearly all
+# the weight, and GPT-Neo's unscaled scores make many of them, dp - delta is a small difference of
+# large numbers: their rounding cancels only if delta is summed from the same dp.
 @jit
 def dq_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DQ,
               q_strides, k_strides, v_strides, do_strides, dq_strides, H, T, S, window, scale,
               D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """delta and dq of ROWS queries, in two sweeps over their keys.
-
-    delta equals Σ do · o, which would save the first sweep.  But where one key has nearly all the
-    weight, and GPT-Neo's unscaled scores make many such rows, dp - delta is a small difference of
-    large numbers: only a delta summed from the very same dp takes their rounding away with it.
-    """
+    """delta and dq of ROWS queries, in two sweeps over their keys."""
     batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     first = tl.program_id(1) * ROWS
     row = first + tl.arange(0, ROWS)
@@ -464,11 +466,7 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
                q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
                H, T, S, window, scale,
                D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """dk and dv of ROWS keys; the queries that read them come COLS at a time.
-
-    Scores are multiplied as in the forward pass, q kᵀ, and then transposed: a row is a key, a
-    column a query.
-    """
+    """dk and dv of ROWS keys, one key a row; the queries that read them come COLS at a time."""
     batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     first = tl.program_id(1) * ROWS
     j = first + tl.arange(0, ROWS)                                         # the keys' positions
@@ -479,7 +477,7 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
     dk = tl.zeros((ROWS, D_PAD), tl.float32)
     dv = tl.zeros((ROWS, D_PAD), tl.float32)
     begin = tl.maximum(first - (S - T), 0) // COLS * COLS                  # where my first key's own query is
-    end = tl.minimum(first + ROWS - 1 + window - (S - T), T)               # my last key's last reader, + 1
+    end = tl.minimum(first + ROWS - 1 + window - (S - T), T)               # the last key's last query, + 1
     for start in range(begin, end, COLS):
         row = start + tl.arange(0, COLS)
         q = load(Q, q_strides, batch, head, start, row < T, D, D_PAD)      # (COLS, D_PAD)
@@ -507,8 +505,8 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
 # ROWS, COLS and warps of each kernel, by D_PAD: the largest that ptxas compiled without spilling
-# registers to memory (python benchmark.py kernels).  No GPU was at hand to time them.  float32 has
-# no tensor cores and needs small tiles: 16 × 16, with the warps of the second table.
+# registers to memory (python benchmark.py kernels).  They have not been timed on a GPU.  float32
+# uses no tensor cores and needs small tiles: 16 × 16, with the warps of the second table.
 BLOCKS = {
     forward_kernel: {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
     dq_kernel:      {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
@@ -533,7 +531,7 @@ def block_sizes(kernel, D, dtype):
 
 
 def launch(kernel, rows, q, arguments):
-    """Run one program for every (batch and head, block of `rows`)."""
+    """Run one program for every pair of (batch row and head, block of `rows`)."""
     B, H, _, D = q.shape
     sizes = block_sizes(kernel, D, q.dtype)
     with torch.cuda.device_of(q):                          # Triton launches on the current device
@@ -543,12 +541,12 @@ def launch(kernel, rows, q, arguments):
 @torch.library.custom_op("window_attention::forward", mutates_args=())
 def triton_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None,
                    scale: float, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o (B, H, T, D), and of every row its largest score m and its sum l (B, H, T).
+    """o (B, H, T, D), and for every row its largest score m and its sum l, both (B, H, T).
 
-    m and l are kept apart, since their sum, the log-sum-exp, is rounded where p feels it.
+    Both are kept, and not their log-sum-exp m + log l, whose rounding would make p less exact.
     """
     (B, H, T, _), S = q.shape, k.size(2)
-    o = torch.empty_like(q)                                # in q's layout: heads join uncopied
+    o = torch.empty_like(q)                # in q's layout: joining the heads later copies nothing
     m, l = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     launch(forward_kernel, T, q, (q, k, v, key_mask, o, m, l, q.stride(), k.stride(), v.stride(),
                                   o.stride(), H, T, S, window, scale))
@@ -597,9 +595,10 @@ triton_forward.register_autograd(run_backward, setup_context=save_for_backward)
 def triton_attention(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=False):
     """Our kernel, on a CUDA GPU or, slowly, in Triton's interpreter.
 
-    `upcast` changes nothing: tl.dot sums in float32 whatever it multiplies.  A query that may read
-    nothing (padding) gives 0.  Raises ImportError without triton, ValueError for dropout, which the
-    kernel does not have, and for tensors that it cannot take.
+    Arguments and result are those of `attention`.  `upcast` changes nothing, since tl.dot sums in
+    float32 for every dtype.  A query that may read nothing (padding) gives 0.  Raises ImportError
+    without triton, and ValueError for dropout, which the kernel does not have, and for tensors on a
+    device, of a dtype or of a head width that it does not support.
     """
     import_triton()
     if not q.is_cuda and not INTERPRETED:
@@ -642,12 +641,13 @@ def check_tensors(backend, q, k, v, dtypes):
 # ------------------------------------------------------------------------------------------------
 
 def flash(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=False):
-    """The flash-attn package's kernels (Dao 2023).
+    """The kernels of the flash-attn package (Dao 2023).  Arguments and result: see `attention`.
 
     They count the keys *before* the query, so our window W is their (W - 1, 0).  (transformers' own
-    FlashAttention path of GPT-Neo passes no window at all: its local layers read everything.)
-    `upcast` changes nothing: these kernels too sum in float32.  Padded batches are packed, and a
-    padded query gives 0.  Raises ImportError without the package, ValueError for what it cannot do.
+    FlashAttention path of GPT-Neo passes no window at all: its local layers read every key.)
+    `upcast` changes nothing, since these kernels sum in float32 too.  Padded batches are packed,
+    and a padded query gives 0.  Raises ImportError without the package, and ValueError for tensors
+    that it does not support and for padding with gaps in a local layer.
     """
     flash_attn = import_flash()
     check_flash(q, k, v)
@@ -658,7 +658,7 @@ def flash(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
             raise ValueError("this flash-attn ignores window_size (its Triton backend does), so it "
                              "cannot run local layers; use 'sdpa' or 'triton'")
         how["window_size"] = (window - 1, 0)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, T, H, D) is its order
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # flash-attn's order (B, T, H, D)
     if key_mask is None:
         return flash_attn.flash_attn_func(q, k, v, **how).transpose(1, 2)
 
@@ -696,12 +696,11 @@ def check_flash(q, k, v):
 
 @functools.lru_cache(maxsize=None)
 def keeps_windows(device, dtype):
-    """Does this flash-attn obey window_size?  With a window of one key, attention must return v."""
+    """Does this flash-attn obey window_size?  With a window of one key the result must be v."""
     x = torch.eye(16, dtype=dtype, device=device)[None, :, None]            # (1, T, 1, D)
     attend = import_flash().flash_attn_func
     with torch.no_grad():
         return torch.equal(attend(x, x, x, causal=True, window_size=(0, 0)), x)
 
 
-# What `attention` chooses from.
 BACKENDS = {"naive": naive, "sdpa": sdpa, "triton": triton_attention, "flash": flash}

@@ -18,34 +18,35 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import choose_backend
+from attention import at_least_float32, choose_backend
 from fast.linear import WEIGHT_FIRST, Instead, is_few
 from fast.slices import in_slices
 from load_weights import load_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------
-# Activations: four names for two functions, kept apart because their roundings differ
+# Activations: four names for two functions, whose roundings differ
 # ------------------------------------------------------------------------------------------------
 
 @in_slices(2**18, on="cpu")
 def gelu_new(x):
-    """The tanh form of GELU, in the order of transformers' NewGELUActivation, the power included."""
+    """The tanh form of GELU, in the order of operations of transformers' NewGELUActivation."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
 def gelu_fast(x):
-    """The same function in the order of transformers' FastGELUActivation: GPT-NeoX-20B's."""
+    """The same function in the order of transformers' FastGELUActivation, for GPT-NeoX-20B."""
     return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
 
 
 def gelu_pytorch_tanh(x):
-    """The same function once more, fused by torch."""
+    """The same function as one fused operation of torch."""
     return F.gelu(x, approximate="tanh")
 
 
-# The exact one is up to 4.7e-4 away from the other three: enough to be another model, too little to
-# see in the text.  So the name in config.json is obeyed, even though Pythia was trained with tanh
-# and its config says "gelu" (EleutherAI/gpt-neox, megatron/model/fused_bias_gelu.py).
+# The exact GELU differs from the tanh form by up to 4.7e-4: enough to change the logits, too little
+# to be seen in generated text.  The name in config.json decides, as in transformers, although
+# Pythia was trained with the tanh form and its config says "gelu" (EleutherAI/gpt-neox,
+# megatron/model/fused_bias_gelu.py).
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "gelu_fast": gelu_fast,
                "gelu_pytorch_tanh": gelu_pytorch_tanh}
 
@@ -56,14 +57,15 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_new, "gelu_fast": gelu_fast,
 
 @dataclass(eq=False)
 class ModelOutput(Mapping):
-    """What a forward pass returns; None is what was not asked for.
+    """What a forward pass returns.  A field that was not asked for is None.
 
-    loss () float32 · logits (B, T, V) · last_hidden_state (B, T, C) · start_logits, end_logits (B, T)
+    loss () float32 · logits (B, T, V) · last_hidden_state (B, T, C)
+    start_logits, end_logits (B, T)
     hidden_states: L + 1 tensors (B, T, C), the embeddings first, the last after the final norm
     attentions: L tensors (B, H, T, S)
 
-    Like transformers' ModelOutput it is also a mapping of what is not None, in this order:
-    out["logits"], "loss" in out, and, counted by position, out[0], out[:2], out.to_tuple().
+    Like transformers' ModelOutput it is also a mapping of the fields that are not None, in this
+    order: out["logits"] and "loss" in out work, and so do out[0], out[:2] and out.to_tuple().
     """
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -92,31 +94,32 @@ class ModelOutput(Mapping):
         return tuple(self.values())
 
 
-torch.export.register_dataclass(ModelOutput)               # so that an exported model can return one
+torch.export.register_dataclass(ModelOutput)               # for torch.export
 
 
 def next_token_loss(logits, labels):
-    """Mean cross entropy of token t+1 given the tokens up to t, in at least float32.
+    """Mean cross entropy of token t + 1 given the tokens up to t, in at least float32.
 
-    logits (B, T, V); labels (B, T), usually the input ids themselves, -100 where not to be scored
-    (transformers' ForCausalLMLoss).  With nothing to score the mean of nothing is NaN, as there.
-    Raises ValueError for labels of another shape and for ids outside the vocabulary.
+    logits (B, T, V); labels (B, T), usually the input ids themselves, with -100 for tokens that the
+    loss leaves out -> ().  As in transformers' ForCausalLMLoss, the loss is NaN where all are left
+    out.  Raises ValueError for labels of another shape and for ids outside the vocabulary.
     """
     check_labels(labels, logits)
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device, torch.long)  # shifted left
-    found = log_probability(logits.reshape(-1, logits.size(-1)), targets)
-    return F.nll_loss(found, targets.clamp(max=0), ignore_index=-100)
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)          # label t + 1 at place t
+    targets = targets.to(logits.device, torch.long)                         # (N,) with N = B * T
+    log_p = log_probability(logits.reshape(-1, logits.size(-1)), targets)   # (N, 1)
+    return F.nll_loss(log_p, targets.clamp(max=0), ignore_index=-100)       # only class 0, or -100
 
 
 @in_slices(2**20)
 def log_probability(logits, targets):
-    """Of each row's target id: logits (N, V), targets (N,) -> (N, 1).  For -100 something finite."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """log p of each row's target: logits (N, V), targets (N,) -> (N, 1), for -100 that of id 0."""
+    logits = logits.to(at_least_float32(logits.dtype))
     return logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])
 
 
 def check_labels(labels, logits):
-    """Raise ValueError for labels that next_token_loss could not score."""
+    """Raise ValueError for labels that do not fit logits (B, T, V)."""
     B, T, V = logits.shape
     if labels.shape != (B, T):
         raise ValueError(f"labels must have the shape of the logits' tokens {(B, T)}, "
@@ -134,19 +137,25 @@ def check_labels(labels, logits):
 # ------------------------------------------------------------------------------------------------
 
 def value_range(tensor, unknown):
-    """(least, greatest) of a tensor's values; `unknown` where they cannot be looked at: on the meta
-    device, under torch.func.vmap, and while torch.compile or torch.export traces."""
+    """The least and the greatest value of a tensor, or `unknown` where there are no values to read.
+
+    That is so on the meta device, under torch.func.vmap, and while torch.compile or torch.export
+    traces the model.
+    """
     if torch.compiler.is_compiling() or tensor.is_meta:
         return unknown
     try:
         return tensor.min().item(), tensor.max().item()
-    except RuntimeError:                                   # vmap's answer to .item()
+    except RuntimeError:                                   # torch.func.vmap refuses .item()
         return unknown
 
 
 def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
-    """Return (B, T), or raise ValueError, with the numbers, for ids or positions that the model has
-    no row for, and where not exactly one of input_ids and inputs_embeds is given."""
+    """Check input_ids or inputs_embeds, and position_ids, before any compute; return (B, T).
+
+    Raises ValueError, with the numbers, for ids or positions that the model has no row for, for
+    wrong shapes, and where not exactly one of input_ids and inputs_embeds is given.
+    """
     vocab_size, limit = config.vocab_size, config.position_limit
     if inputs_embeds is None:
         check_ids(input_ids)
@@ -179,7 +188,7 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
 
 
 def check_ids(input_ids):
-    """Raise ValueError for what is not a batch of token ids."""
+    """Raise ValueError unless input_ids is a batch of token ids: int64 or int32 (B, T)."""
     if not torch.is_tensor(input_ids):
         raise ValueError("input_ids must be a tensor of shape (batch, tokens), got "
                          f"{type(input_ids).__name__}")
@@ -189,7 +198,10 @@ def check_ids(input_ids):
 
 
 def key_mask_of(attention_mask, B, S):
-    """attention_mask (B, S) of ones and zeros -> bool, or None where nothing is masked."""
+    """attention_mask (B, S) of ones and zeros -> (B, S) bool, or None if nothing is masked.
+
+    Raises ValueError for a mask of another shape.
+    """
     if attention_mask is None:
         return None
     if attention_mask.shape != (B, S):
@@ -205,12 +217,12 @@ def key_mask_of(attention_mask, B, S):
 # ------------------------------------------------------------------------------------------------
 
 class GenerationConfig(dict):
-    """A checkpoint's settings for generate, as generation_config.json has them: {name: value}.
+    """A checkpoint's settings for generate, as in generation_config.json: {name: value}.
 
-    As in transformers each is an attribute too, None where it is not set:
+    As in transformers each setting is also an attribute, None where it is not set:
     model.generation_config.pad_token_id = 0.
     """
-    file = "generation_config.json"                        # where they stand, for error messages
+    file = "generation_config.json"                        # where they were read: for error messages
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -224,20 +236,20 @@ class GenerationConfig(dict):
         return GenerationConfig(copy.deepcopy(dict(self), memo))
 
     def __reduce__(self):
-        """Stored as a mapping that torch.load takes with weights_only=True, which is its default."""
+        """Pickle as an OrderedDict, which torch.load accepts with weights_only=True, its default."""
         return OrderedDict, (), None, None, iter(self.items())
 
 
 class PreTrainedModel(nn.Module):
-    """A module that knows its config, its backend, and how to come from and go to a folder."""
+    """A model with a config and an attention backend, which can be loaded and saved."""
 
-    head = None                                            # name of the layer that a task trains, if any
+    head = None                                            # name of a task head's linear layer
 
     def __init__(self, config, attn_implementation="auto"):
         super().__init__()
         self.config = config
         self.reference_arithmetic = None                   # see `exact`
-        self.gradient_checkpointing = None                 # how, or None for not at all
+        self.gradient_checkpointing = None                 # a dict of options switches it on
         self.generation_config = GenerationConfig()
         self.attn_implementation = attn_implementation
         choose_backend(attn_implementation)                # an unknown name fails here, not later
@@ -247,25 +259,29 @@ class PreTrainedModel(nn.Module):
                         device=None, attn_implementation="auto", **changes):
         """Load an official checkpoint from a folder or, if there is none of that name, the hub.
 
-        torch_dtype (or dtype, its newer name): a torch dtype or its name; None is float32 and
-        "auto" the checkpoint's own.  attn_implementation: see attention.choose_backend.
-        changes: fields of the config to set, as num_labels=3 or pad_token_id=0.  The reference's cache_dir,
-        local_files_only, token and use_safetensors mean the same here; its others are taken at their usual
-        values (load_weights.LOADING) and refused by name otherwise.
-        Returns the model in eval mode; a task head that the checkpoint does not have is drawn afresh,
-        with a warning that names its weights.  Raises OSError for files that are missing or cannot be
-        had, ValueError for files that are broken or belong to another model.
+        torch_dtype (or dtype, its newer name): a torch dtype or its name; None means float32, and
+        "auto" the checkpoint's own dtype.  attn_implementation: see attention.choose_backend.
+        changes: fields of the config to set, such as num_labels=3 or pad_token_id=0.  transformers'
+        cache_dir, local_files_only, token and use_safetensors have the same meaning here; its other
+        arguments are accepted at their usual values (load_weights.LOADING) and refused otherwise.
+
+        Returns the model in eval mode.  A task head that the checkpoint does not have is initialized
+        randomly, with a warning that names its weights.  Raises OSError for files that are missing
+        or cannot be downloaded, ValueError for files that are broken or belong to another model.
         """
         return load_pretrained(cls, name_or_folder, revision=revision, torch_dtype=torch_dtype,
                                dtype=dtype, device=device, attn_implementation=attn_implementation,
                                changes=changes)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors under the official names, for transformers too."""
+        """Write config.json, generation_config.json and model.safetensors, which transformers reads.
+
+        Raises OSError if the folder cannot be written; then the files in it are as before.
+        """
         save_pretrained(self, folder)
 
     def set_attn_implementation(self, name):
-        """Change the attention backend of this model and of the model inside it."""
+        """Change the attention backend of this model and of the backbone in it."""
         choose_backend(name)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
@@ -273,23 +289,26 @@ class PreTrainedModel(nn.Module):
 
     @property
     def exact(self):
-        """Does the model keep to the reference's arithmetic, to the last bit?
+        """Does the model compute as transformers does, to the last bit?
 
-        reference_arithmetic says so: True or False; None is yes where attention is the naive one.
-        Otherwise the linear layers multiply one new token in an order that is faster.
+        reference_arithmetic decides: True or False, and None means True if attention is naive.
+        Otherwise the linear layers use a faster order of summation for one new token.
         """
         if self.reference_arithmetic is None:
             return choose_backend(self.attn_implementation) == "naive"
         return self.reference_arithmetic
 
     def set_reference_arithmetic(self, value):
-        """Set reference_arithmetic (True, False or None; see `exact`) here and in the model inside."""
+        """Set reference_arithmetic (True, False or None; see `exact`) here and in the backbone."""
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.reference_arithmetic = value
 
     def run(self, part, x, **how):
-        """part(x, **how): a block or the output head.  fast/step.py puts its own in this one's place."""
+        """part(x, **how) for a block or the output head, checkpointed or in a faster form.
+
+        fast/step.py replaces this method by a compiled form of it.
+        """
         if self.gradient_checkpointing and self.training and how.get("cache") is None:
             return checkpoint(functools.partial(part, **how), x, **self.gradient_checkpointing)
         if is_few(x) and not self.exact:
@@ -303,15 +322,16 @@ class PreTrainedModel(nn.Module):
         return getattr(self, "transformer", self)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """In training, keep of each block its input alone and compute the rest again in the backward pass.
+        """In training keep only the input of each block; the backward pass computes the rest again.
 
         gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint, by default
         {"use_reentrant": False}.  A forward pass with a cache is not checkpointed.
         """
-        self.base_model.gradient_checkpointing = gradient_checkpointing_kwargs or {"use_reentrant": False}
+        options = gradient_checkpointing_kwargs or {"use_reentrant": False}
+        self.base_model.gradient_checkpointing = options
 
     def gradient_checkpointing_disable(self):
-        """Keep everything that the backward pass needs, as is the default."""
+        """Keep everything that the backward pass needs, which is the default."""
         self.base_model.gradient_checkpointing = None
 
     @property
@@ -322,15 +342,17 @@ class PreTrainedModel(nn.Module):
         return self.base_model.embed
 
     def get_output_embeddings(self):
-        """The layer from hidden states to logits of tokens, or None where there is none."""
+        """The layer from hidden states to next-token logits, or None if the model has none."""
         return getattr(self, "lm_head", None)
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None):
-        """Let the vocabulary have new_num_tokens ids, rounded up to the multiple; returns the embedding.
+        """Change the vocabulary to new_num_tokens ids and return the embedding.
 
-        New rows of the embedding, and of a head of its own, are the mean of the old rows, so that no
-        new token stands out (transformers adds a noise of 1e-9 of the variance); fewer ids cut rows off.
-        config.vocab_size follows.  Raises ValueError for a size below 1.
+        pad_to_multiple_of: round the number up to a multiple of this.
+        New rows of the embedding, and of an untied output head, are the mean of the old rows, so
+        that no new token is more likely than the others (transformers adds noise of 1e-9 of the
+        variance); with fewer ids the last rows are removed.  config.vocab_size is changed as well.
+        Raises ValueError for a size below 1.
         """
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         size += -size % (pad_to_multiple_of or 1)
@@ -363,11 +385,14 @@ class PreTrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     def num_parameters(self):
-        """Number of distinct weights: a tied head counts once."""
+        """Number of parameters; a tied head is not counted again."""
         return sum(p.numel() for p in self.parameters())
 
     def init_weights(self, part=None):
-        """Matrices N(0, initializer_range), biases 0, LayerNorms 1 and 0, as transformers does."""
+        """Draw matrices from N(0, initializer_range²) and set biases to 0, as transformers does.
+
+        LayerNorms keep torch's own 1 and 0.  part: initialize only this module.
+        """
         for module in (part or self).modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -376,11 +401,11 @@ class PreTrainedModel(nn.Module):
 
 
 def resize_rows(layer, name, size):
-    """Give a layer's parameter `size` rows: the old ones, then their mean.  None stays None."""
+    """Give a layer's parameter `size` rows: the old rows, then their mean.  None stays None."""
     old = getattr(layer, name)
     if old is None or len(old) == size:
         return
     kept = old.detach()[:size]
-    mean = old.detach().to(torch.promote_types(old.dtype, torch.float32)).mean(0).to(old.dtype)
+    mean = old.detach().to(at_least_float32(old.dtype)).mean(0).to(old.dtype)
     new = torch.cat([kept, mean.expand(size - len(kept), *mean.shape)])
     setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))

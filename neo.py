@@ -5,15 +5,16 @@
     S  tokens in view, S >= T       D  width of a head, C / H
     V  vocabulary                   P  learned positions
 
-Read from top to bottom: config, attention, MLP, block, model, language model, task heads.  neox.py
-has the same parts in the same order and names; `diff neo.py neox.py` shows what changed in a year.
+Read from top to bottom: config, attention, MLP, block, model, language model, task heads.
+neox.py has the same parts in the same order under the same names; `diff neo.py neox.py` shows what
+changed from this family to the next.
 
 What sets GPT-Neo apart from GPT-2:
   * every second layer is local: a token sees itself and the window - 1 tokens before it;
-  * attention scores are not divided by sqrt(D), and are formed in float32 at least;
+  * attention scores are not divided by sqrt(D), and are computed in at least float32;
   * q, k and v are three matrices without bias.
-Sources: EleutherAI/gpt-neo (models/gpt2/gpt2.py) and transformers (modeling_gpt_neo.py, v5.23.0),
-whose results this file repeats to the bit when attention is the naive one.
+Sources: EleutherAI/gpt-neo (models/gpt2/gpt2.py) and transformers (modeling_gpt_neo.py, v5.23.0).
+With attn_implementation="naive" the results are transformers' own, to the last bit.
 """
 
 from dataclasses import dataclass
@@ -32,17 +33,17 @@ from task_heads import ForQuestionAnswering, ForSequenceClassification, ForToken
 class GPTNeoConfig(GPTNeoRules):
     """The architecture, under the names of the official config.json.  Defaults are transformers'.
 
-    Other spellings of these names, and what each value may be: configs.py.
+    configs.py reads other spellings of these names and checks the values.
     """
 
     vocab_size: int = 50257
-    max_position_embeddings: int = 2048     # P: a hard limit, there is no row for position P
+    max_position_embeddings: int = 2048     # P: a hard limit, the table has no more rows
     hidden_size: int = 2048
     num_layers: int = 24
     attention_types: tuple | list = ((("global", "local"), 12),)    # pairs (kinds, repetitions)
     num_heads: int = 16
     intermediate_size: int | None = None    # None: 4 * hidden_size
-    window_size: int = 256                  # of local layers: keys in view, the query's own included
+    window_size: int = 256                  # of local layers, in tokens, the query's own included
     activation_function: str = "gelu_new"
     resid_dropout: float = 0.0
     embed_dropout: float = 0.0
@@ -54,20 +55,20 @@ class GPTNeoConfig(GPTNeoRules):
     eos_token_id: int | list | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
-    num_labels: int | None = None           # of the task heads; None: as many as id2label has, else 2
+    num_labels: int | None = None           # of the task heads; None: as many as id2label, or 2
     id2label: dict | None = None
     problem_type: str | None = None         # of a sequence classifier; None: see task_heads.py
 
-    model_type = "gpt_neo"                  # no annotation, so not a field
+    model_type = "gpt_neo"                  # without annotation: not a field
 
     @property
     def windows(self):
-        """For each layer how far back it sees: a number of tokens, or None for all."""
+        """For each layer how many tokens a query reads, itself included; None: all up to itself."""
         return [self.window_size if kind == "local" else None for kind in self.attention_layers]
 
     @property
     def position_limit(self):
-        """Most tokens that one text can have: positions are rows of a table."""
+        """The most tokens that a text can have: each position is a row of a table."""
         return self.max_position_embeddings
 
     @property
@@ -84,7 +85,7 @@ class GPTNeoConfig(GPTNeoRules):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; local layers look back only `window` tokens."""
+    """Multi-head self-attention; in a local layer a query reads only the last `window` tokens."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -98,23 +99,24 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(C, C)                                        # this one has a bias
 
     def forward(self, x, *, key_mask=None, cache=None, backend="naive", return_weights=False):
+        """x (B, T, C), key_mask (B, S) bool -> y (B, T, C) and the weights (B, H, T, S) or None."""
         B, T, C = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.D).transpose(1, 2)           # each (B, H, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
             k, v, key_mask = cache.append(self.layer, k, v, key_mask)       # (B, H, S, D)
-        # scale 1.0: the model was trained without 1/sqrt(D).  mesh-tensorflow folds it into the
-        # initial q weights (fold_scaling_into_initializer), and training went on from there.
+        # scale 1.0: the model was trained without 1/sqrt(D).  mesh-tensorflow put this factor into
+        # the initial weights of q instead (fold_scaling_into_initializer).
         out = attention(q, k, v, scale=1.0, window=self.window, backend=backend, key_mask=key_mask,
                         dropout=self.attention_dropout if self.training else 0.0,
                         upcast=True, mask_twice=True, return_weights=return_weights)
         y, weights = out if return_weights else (out, None)                 # (B, H, T, D)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)                    # heads side by side
+        y = y.transpose(1, 2).contiguous().view(B, T, C)                    # concatenate the heads
         return self.out_proj(y), weights
 
 
 class MLP(nn.Module):
-    """Each token by itself: up to the inner width, through the activation, down again."""
+    """Two linear layers with an activation between them, applied to each token by itself."""
 
     def __init__(self, config):
         super().__init__()
@@ -164,10 +166,10 @@ class GPTNeoModel(PreTrainedModel):
         """input_ids (B, T) integer -> ModelOutput with last_hidden_state (B, T, C).
 
         attention_mask (B, S): 1 for real tokens, 0 for padding, the cached ones included.
-        position_ids (B, T) or (1, T): by default counted on from the cache, whatever the mask says
-        (as in transformers' forward; generate passes positions that skip left padding).
-        cache: a KVCache, which this call extends by T tokens.
-        inputs_embeds (B, T, C): what the token embedding would return, in place of input_ids.
+        position_ids (B, T) or (1, T): by default they continue from the cached tokens whatever the
+        mask says, as in transformers' forward; generate passes positions that skip left padding.
+        cache: a KVCache, to which this call adds T tokens.
+        inputs_embeds (B, T, C): used as the output of the token embedding; then give no input_ids.
         Raises ValueError for ids, positions, masks or lengths outside the model's range.
         """
         past = 0 if cache is None else cache.length
@@ -184,7 +186,7 @@ class GPTNeoModel(PreTrainedModel):
         x = self.dropout(x + self.pos_embed(position_ids))
         hidden_states, attentions = [], []
         for block in self.blocks:
-            if output_hidden_states:                     # if nobody asked, memory can be freed
+            if output_hidden_states:                     # kept only on request: they take memory
                 hidden_states.append(x)
             x, weights = self.run(block, x, **how)
             attentions.append(weights)
@@ -197,7 +199,7 @@ class GPTNeoModel(PreTrainedModel):
 
 
 class GPTNeoForCausalLM(PreTrainedModel):
-    """Hidden states to next-token logits, by the embedding matrix used once more."""
+    """Hidden states to next-token logits, through the embedding matrix (tied weights)."""
 
     config_class = GPTNeoConfig
     generate = generate
@@ -213,25 +215,27 @@ class GPTNeoForCausalLM(PreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.embed.weight
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, cache=None,
-                logits_to_keep=0, output_hidden_states=False, output_attentions=False, inputs_embeds=None):
-        """input_ids (B, T) integer -> ModelOutput with logits (B, T, V), and loss if labels are given.
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
+                cache=None, logits_to_keep=0, output_hidden_states=False, output_attentions=False,
+                inputs_embeds=None):
+        """input_ids (B, T) integer -> ModelOutput with logits (B, T, V), and loss if labels given.
 
-        labels (B, T): token ids, -100 where not to be scored; the shift by one happens inside.
-        logits_to_keep: n > 0 computes the logits of the last n tokens only.
-        The rest is GPTNeoModel.forward's.
+        labels (B, T): token ids, usually input_ids itself, since the shift by one happens inside;
+        -100 leaves a token out of the loss.
+        logits_to_keep: compute the logits of the last so many tokens only; 0 means of all.
+        The other arguments and errors are those of GPTNeoModel.forward.
         """
         out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,
                                output_attentions, inputs_embeds)
-        x, out.last_hidden_state = out.last_hidden_state, None
-        out.logits = self.run(self.lm_head, x[:, -logits_to_keep:])                 # 0 keeps all
+        x, out.last_hidden_state = out.last_hidden_state, None              # not among the outputs
+        out.logits = self.run(self.lm_head, x[:, -logits_to_keep:])         # (B, T, V)
         if labels is not None:
             out.loss = next_token_loss(out.logits, labels)
         return out
 
 
 class GPTNeoForSequenceClassification(ForSequenceClassification):
-    """One label for a text, read off its last token."""
+    """One label for a whole text, from the hidden state of its last token."""
 
     config_class, backbone_class = GPTNeoConfig, GPTNeoModel
 
@@ -240,7 +244,7 @@ class GPTNeoForTokenClassification(ForTokenClassification):
     """A label for every token."""
 
     config_class, backbone_class = GPTNeoConfig, GPTNeoModel
-    upcast_loss = False                     # in the logits' own dtype: modeling_gpt_neo.py has its own
+    upcast_loss = False                     # in the logits' own dtype, as in modeling_gpt_neo.py
 
 
 class GPTNeoForQuestionAnswering(ForQuestionAnswering):

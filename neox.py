@@ -5,16 +5,17 @@
     S  tokens in view, S >= T       D  width of a head, C / H
     V  vocabulary                   R  rotated dims of a head, R <= D
 
-Read from top to bottom: config, attention, MLP, block, model, language model, task heads.  neo.py
-has the same parts in the same order and names; `diff neo.py neox.py` shows what changed in a year.
+Read from top to bottom: config, attention, MLP, block, model, language model, task heads.
+neo.py has the same parts in the same order under the same names; `diff neo.py neox.py` shows what
+changed from that family to this one.
 
 What sets GPT-NeoX apart from GPT-Neo:
-  * positions are not embedded but rotated into the first R dims of each query and key;
+  * positions are not embedded: the first R dims of each query and key are rotated by them;
   * q, k and v come from one matrix, interleaved head by head;
   * attention and MLP read the same x, in parallel, each through a LayerNorm of its own;
   * every layer is global, scores are divided by sqrt(D), the output head is not the embedding.
-Sources: EleutherAI/gpt-neox (megatron/model) and transformers (modeling_gpt_neox.py, v5.23.0),
-whose results this file repeats to the bit when attention is the naive one.
+Sources: EleutherAI/gpt-neox (megatron/model) and transformers (modeling_gpt_neox.py, v5.23.0).
+With attn_implementation="naive" the results are transformers' own, to the last bit.
 """
 
 from dataclasses import dataclass
@@ -33,11 +34,11 @@ from task_heads import ForQuestionAnswering, ForSequenceClassification, ForToken
 class GPTNeoXConfig(GPTNeoXRules):
     """The architecture, under the names of the official config.json.  Defaults are transformers'.
 
-    Other spellings of these names, and what each value may be: configs.py.
+    configs.py reads other spellings of these names and checks the values.
     """
 
     vocab_size: int = 50432
-    max_position_embeddings: int = 2048     # trained length; rotation itself knows no limit
+    max_position_embeddings: int = 2048     # length in training; rotation itself has no limit
     hidden_size: int = 6144
     num_hidden_layers: int = 44
     num_attention_heads: int = 64
@@ -53,23 +54,23 @@ class GPTNeoXConfig(GPTNeoXRules):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     bos_token_id: int | None = 0
-    eos_token_id: int | list | None = 2     # "!" to the 20B tokenizer, whose end of text is 0
+    eos_token_id: int | list | None = 2     # "!" in the 20B's tokenizer; its end of text is 0
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
-    num_labels: int | None = None           # of the task heads; None: as many as id2label has, else 2
+    num_labels: int | None = None           # of the task heads; None: as many as id2label, or 2
     id2label: dict | None = None
     problem_type: str | None = None         # of a sequence classifier; None: see task_heads.py
 
-    model_type = "gpt_neox"                 # no annotation, so not a field
+    model_type = "gpt_neox"                 # without annotation: not a field
 
     @property
     def windows(self):
-        """For each layer how far back it sees: here every layer sees all."""
+        """For each layer how many tokens a query reads: here None, all up to itself."""
         return [None] * self.num_hidden_layers
 
     @property
     def position_limit(self):
-        """Most tokens that one text can have: rotation has none."""
+        """The most tokens that a text can have: None, for rotation has no limit."""
         return None
 
     @property
@@ -78,7 +79,7 @@ class GPTNeoXConfig(GPTNeoXRules):
 
     @property
     def rotary_ndims(self):
-        """R.  Cut off, not rounded: transformers takes int(D * rotary_pct)."""
+        """R, rounded down as in transformers, which takes int(D * rotary_pct)."""
         return int(self.head_dim * self.rotary_pct)
 
 
@@ -96,10 +97,11 @@ class Attention(nn.Module):
 
     def forward(self, x, *, cos, sin, key_mask=None, cache=None, backend="naive",
                 return_weights=False):
+        """x (B, T, C), key_mask (B, S) bool -> y (B, T, C) and the weights (B, H, T, S) or None."""
         B, T, C = x.shape
-        # The surprise of this file: rows of the matrix are [q k v] of head 0, [q k v] of head 1, ...
-        # so the heads are cut apart first.  Splitting it in thirds fits every shape and is another
-        # model (EleutherAI/gpt-neox, megatron/model/transformer.py).
+        # The rows of the matrix are [q k v] of head 0, then [q k v] of head 1, and so on: split the
+        # heads first, and then each head in q, k and v.  Splitting the whole in thirds fits every
+        # shape too, but gives wrong results (EleutherAI/gpt-neox, megatron/model/transformer.py).
         qkv = self.qkv_proj(x).view(B, T, -1, 3 * self.D).transpose(1, 2)   # (B, H, T, 3D)
         q, k, v = qkv.chunk(3, dim=-1)                                      # each (B, H, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -109,15 +111,16 @@ class Attention(nn.Module):
                         key_mask=key_mask, dropout=self.attention_dropout if self.training else 0.0,
                         return_weights=return_weights)
         y, weights = out if return_weights else (out, None)                 # (B, H, T, D)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)                    # heads side by side
+        y = y.transpose(1, 2).contiguous().view(B, T, C)                    # concatenate the heads
         return self.out_proj(y), weights
 
 
 def rotary_tables(position_ids, R, base, dtype):
-    """Cosine and sine of every angle position * base^(-2i/R).  -> two tensors (B, 1, T, R/2)
+    """Cosine and sine of every angle position * base^(-2i/R).
 
-    Angles are float32 whatever the model is: bfloat16 cannot tell position 2047 from 2048
-    (EleutherAI/gpt-neox issue 1003).  Only the finished tables are rounded to the model's dtype.
+    position_ids (B, T) integer -> two tensors (B, 1, T, R/2) of dtype.  Angles are float32 in every
+    model: bfloat16 cannot tell position 2047 from 2048 (EleutherAI/gpt-neox issue 1003).  Only the
+    finished tables are rounded to the model's dtype.
     """
     inv_freq = 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float32) / R)       # (R/2,)
     angles = position_ids[..., None].float() * inv_freq.to(position_ids.device)    # (B, T, R/2)
@@ -125,9 +128,10 @@ def rotary_tables(position_ids, R, base, dtype):
 
 
 def rotate(x, cos, sin):
-    """Turn the first R dims of every head by its position; the other D - R pass through.
+    """Rotate the first R dims of every head by the token's position; the other D - R stay.
 
-    x (B, H, T, D).  Pair i is dims (i, i + R/2): halves, not neighbours as in GPT-J.
+    x (B, H, T, D), cos and sin (B, 1, T, R/2) -> (B, H, T, D).  Dims i and i + R/2 form a pair:
+    halves of the R dims, not neighbours as in GPT-J.
     """
     half = cos.size(-1)                                                            # R/2
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
@@ -135,7 +139,7 @@ def rotate(x, cos, sin):
 
 
 class MLP(nn.Module):
-    """Each token by itself: up to the inner width, through the activation, down again."""
+    """Two linear layers with an activation between them, applied to each token by itself."""
 
     def __init__(self, config):
         super().__init__()
@@ -149,7 +153,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x ─┬─ ln_1 ─ attn ─┐
-          ├─ ln_2 ─ mlp ──┼─ + ─→   in parallel (or, in RedPajama and open-calm, as in GPT-Neo)
+          ├─ ln_2 ─ mlp ──┼─ + ─→   in parallel (in RedPajama and open-calm as in GPT-Neo)
           └───────────────┘
     """
 
@@ -166,7 +170,7 @@ class Block(nn.Module):
         a, weights = self.attn(self.ln_1(x), **how)
         a = self.dropout(a)
         if self.parallel:
-            return self.dropout(self.mlp(self.ln_2(x))) + a + x, weights    # in this order: rounding
+            return self.dropout(self.mlp(self.ln_2(x))) + a + x, weights    # this order: rounding
         x = a + x
         return self.dropout(self.mlp(self.ln_2(x))) + x, weights
 
@@ -189,10 +193,10 @@ class GPTNeoXModel(PreTrainedModel):
         """input_ids (B, T) integer -> ModelOutput with last_hidden_state (B, T, C).
 
         attention_mask (B, S): 1 for real tokens, 0 for padding, the cached ones included.
-        position_ids (B, T) or (1, T): by default counted on from the cache, whatever the mask says
-        (as in transformers' forward; generate passes positions that skip left padding).
-        cache: a KVCache, which this call extends by T tokens.
-        inputs_embeds (B, T, C): what the token embedding would return, in place of input_ids.
+        position_ids (B, T) or (1, T): by default they continue from the cached tokens whatever the
+        mask says, as in transformers' forward; generate passes positions that skip left padding.
+        cache: a KVCache, to which this call adds T tokens.
+        inputs_embeds (B, T, C): used as the output of the token embedding; then give no input_ids.
         Raises ValueError for ids, positions, masks or lengths outside the model's range.
         """
         past = 0 if cache is None else cache.length
@@ -211,7 +215,7 @@ class GPTNeoXModel(PreTrainedModel):
 
         hidden_states, attentions = [], []
         for block in self.blocks:
-            if output_hidden_states:                     # if nobody asked, memory can be freed
+            if output_hidden_states:                     # kept only on request: they take memory
                 hidden_states.append(x)
             x, weights = self.run(block, x, **how)
             attentions.append(weights)
@@ -224,7 +228,7 @@ class GPTNeoXModel(PreTrainedModel):
 
 
 class GPTNeoXForCausalLM(PreTrainedModel):
-    """Hidden states to next-token logits, by a matrix of their own."""
+    """Hidden states to next-token logits, through a matrix of its own (untied weights)."""
 
     config_class = GPTNeoXConfig
     generate = generate
@@ -240,25 +244,27 @@ class GPTNeoXForCausalLM(PreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.embed.weight
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, cache=None,
-                logits_to_keep=0, output_hidden_states=False, output_attentions=False, inputs_embeds=None):
-        """input_ids (B, T) integer -> ModelOutput with logits (B, T, V), and loss if labels are given.
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
+                cache=None, logits_to_keep=0, output_hidden_states=False, output_attentions=False,
+                inputs_embeds=None):
+        """input_ids (B, T) integer -> ModelOutput with logits (B, T, V), and loss if labels given.
 
-        labels (B, T): token ids, -100 where not to be scored; the shift by one happens inside.
-        logits_to_keep: n > 0 computes the logits of the last n tokens only.
-        The rest is GPTNeoXModel.forward's.
+        labels (B, T): token ids, usually input_ids itself, since the shift by one happens inside;
+        -100 leaves a token out of the loss.
+        logits_to_keep: compute the logits of the last so many tokens only; 0 means of all.
+        The other arguments and errors are those of GPTNeoXModel.forward.
         """
         out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,
                                output_attentions, inputs_embeds)
-        x, out.last_hidden_state = out.last_hidden_state, None
-        out.logits = self.run(self.lm_head, x[:, -logits_to_keep:])                 # 0 keeps all
+        x, out.last_hidden_state = out.last_hidden_state, None              # not among the outputs
+        out.logits = self.run(self.lm_head, x[:, -logits_to_keep:])         # (B, T, V)
         if labels is not None:
             out.loss = next_token_loss(out.logits, labels)
         return out
 
 
 class GPTNeoXForSequenceClassification(ForSequenceClassification):
-    """One label for a text, read off its last token."""
+    """One label for a whole text, from the hidden state of its last token."""
 
     config_class, backbone_class = GPTNeoXConfig, GPTNeoXModel
 
@@ -267,7 +273,7 @@ class GPTNeoXForTokenClassification(ForTokenClassification):
     """A label for every token."""
 
     config_class, backbone_class = GPTNeoXConfig, GPTNeoXModel
-    upcast_loss = True                      # in float32: loss_utils.py, ForTokenClassification
+    upcast_loss = True                      # in float32, as in loss_utils.py
 
 
 class GPTNeoXForQuestionAnswering(ForQuestionAnswering):
