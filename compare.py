@@ -5,17 +5,18 @@
     python compare.py checkpoints/demo-neo --theirs mine.safetensors     a port against ours
 
 The same ids go through both models at several lengths, and the output of every layer is compared.
-The first row that differs is where to look.  The first position that differs in it says for what:
-position 0 has nothing to attend to, and before position `window` a local layer is a global one.
+The first row that differs shows where to look.  The first position that differs in this row shows
+what to look for: position 0 can attend to nothing but itself, and before position `window` a local
+layer does the same as a global one.
 
 Our naive attention agrees with transformers' eager attention to the last bit.  Another order of
-operations (another backend, another port) cannot, and is judged by |difference| / |reference|,
-norms over the whole tensor.  --tolerance X, or by default
-    float32             1e-5    a right model is near 2e-7, the mildest mistake known at 1.7e-5
-    float16, bfloat16   8 eps   7.8e-3 and 6.2e-2.  sdpa is 1 to 6 eps from naive (random models of
-                                4 to 24 layers; 15 in 24 GPT-Neo layers with ten times the usual
-                                weights).
-                                A wrong GELU is far less: check a port in float32 first.
+operations (another backend, another port) does not, and is judged by |difference| / |reference|,
+with norms over the whole tensor.  The tolerance is --tolerance X, or by default
+    float32             1e-5    a right model is near 2e-7, the mildest known mistake at 1.7e-5
+    float16, bfloat16   8 eps   7.8e-3 and 6.2e-2.  sdpa is 1 to 6 eps from naive in random models
+                                of 4 to 24 layers, and 15 eps in 24 GPT-Neo layers with ten times
+                                the usual weights.  A wrong GELU changes far less than this, so
+                                check a port in float32 first.
     gradients           the same, but 1e-6 in float32 with naive attention
 
 To check a port, in any language: let it read these ids, save what it computes, compare.
@@ -47,10 +48,30 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from attention import choose_backend
-from base import PreTrainedModel
-from diagnose import diagnose, make_ids, told_apart, trace
+from base import PreTrainedModel, check_inputs
+from diagnose import (
+    HINTS,
+    as_dicts,
+    diagnose,
+    explained,
+    finite,
+    hint,
+    make_ids,
+    rows_of,
+    tensors_of,
+    told_apart,
+    trace,
+    window_of,
+)
 from files import error_line, plain, replace_closed_stderr
-from load_weights import NAMES, AutoModelForCausalLM, official_names, our_name, read_config, read_tensors
+from load_weights import (
+    NAMES,
+    AutoModelForCausalLM,
+    official_names,
+    our_name,
+    read_config,
+    read_tensors,
+)
 from neo import GPTNeoConfig
 from neox import GPTNeoXConfig
 from vectors import check_vectors, table, write_junit, write_vectors
@@ -71,17 +92,12 @@ def config_of(name, revision=None):
     return CONFIGS[raw["model_type"]].from_dict(raw)
 
 
-def window_of(config):
-    """The window of the local layers, or None if all are global."""
-    return next((w for w in config.windows if w is not None), None)
-
-
 def default_lengths(config):
-    """One token; below, at, above and twice above the window; as far as there are positions."""
+    """One token; below, at, above and twice above the window; but no more than the positions."""
     W = window_of(config)
     lengths = [1, 5, 64, 300]
-    if W is not None:
-        lengths = [1, min(5, W), W, W + 1, 2 * W + max(1, W // 32)]    # the last no multiple of W
+    if W is not None:                                      # the last is not a multiple of W
+        lengths = [1, min(5, W), W, W + 1, 2 * W + max(1, W // 32)]
     return sorted({min(T, config.max_position_embeddings) for T in lengths})
 
 
@@ -91,14 +107,14 @@ def default_lengths(config):
 
 def row_names(config):
     """One name for each tensor of `trace`."""
-    everywhere = "" if window_of(config) is None else " (global)"      # not worth saying in NeoX
+    everywhere = "" if window_of(config) is None else " (global)"      # NeoX has no others
     kinds = [everywhere if w is None else f" (local, window {w})" for w in config.windows]
     blocks = [f"block {i}{kind}" for i, kind in enumerate(kinds)]
     return ["embeddings", *blocks, "final norm", "logits"]
 
 
 def gradients(model, ids, table):
-    """{official name: gradient of the next-token loss on these ids}, after the loss itself."""
+    """{"loss": the next-token loss on these ids, official name: its gradient, ...}."""
     loss = model(ids, labels=ids).loss
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
@@ -108,7 +124,7 @@ def gradients(model, ids, table):
 
 
 def run(model, inputs, table, with_gradients):
-    """(a trace for each of the inputs, gradients for the longest of them or {})."""
+    """(a trace for each of the inputs, gradients for the longest or, if not asked for, {})"""
     traces = [trace(model, ids) for ids in inputs]
     return traces, gradients(model, inputs[-1], table) if with_gradients else {}
 
@@ -120,7 +136,7 @@ def load_ours(name, revision, dtype, backend):
 
 
 def load_transformers(name, revision, dtype):
-    """The reference with eager attention, in a torch dtype; and what to call it."""
+    """(the reference with eager attention in a torch dtype, its name and version)"""
     try:
         import transformers
     except ImportError:
@@ -131,7 +147,7 @@ def load_transformers(name, revision, dtype):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, attn_implementation="eager")
-    except Exception as error:                             # of any kind: it reads more than we do
+    except Exception as error:                             # it raises errors of many kinds
         raise ValueError(f"transformers cannot load {name}: {type(error).__name__}: "
                          f"{error_line(error)}") from None
     return model.eval(), f"transformers {transformers.__version__} eager"
@@ -142,7 +158,10 @@ def load_transformers(name, revision, dtype):
 # ------------------------------------------------------------------------------------------------
 
 def read_port(path, layers):
-    """{name: tensor} of a port's file: logits, and maybe input_ids and all of the hidden states."""
+    """{name: tensor} of a port's file: logits, and maybe input_ids and all of the hidden states.
+
+    Raises ValueError where another tensor is there or one of these is missing.
+    """
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         raise ValueError(f"--theirs needs a .safetensors file, and {path} is none")
     tensors = dict(read_tensors(Path(path)))
@@ -164,9 +183,11 @@ def read_port(path, layers):
     return tensors
 
 
-def read_theirs(path, config):
-    """A port's file -> its ids (B, T) or None, and a trace with None for what it did not save.
+def read_theirs(path, config, seed):
+    """A port's file -> (ids (B, T), rows, seed).
 
+    Of the rows, those that the port did not save are None.  A file without ids answers those of the
+    seed; where it has its own, the seed that is returned is None.
     Raises ValueError, in one line, for a file that cannot be compared.
     """
     tensors = {name: x if x.dim() == (2 if name == "input_ids" else 3) else x[None]
@@ -176,22 +197,24 @@ def read_theirs(path, config):
         shape = tuple(tensors["logits"].shape)
         raise ValueError(f"{path}: logits has shape {shape}, without any token")
     widths = {"input_ids": (), "logits": (config.vocab_size,)}
-    for name, x in sorted(tensors.items(), key=lambda item: item[0] != "logits"):  # first logits
+    for name, x in sorted(tensors.items(), key=lambda item: item[0] != "logits"):
         shape = (B, T, *widths.get(name, (config.hidden_size,)))
         kind, dtypes = ("integers", INTEGERS) if name == "input_ids" else ("floats", FLOATS)
         if x.shape != shape or x.dtype not in dtypes:
             raise ValueError(f"{path}: {name} is {x.dtype} of shape {tuple(x.shape)}, expected "
                              f"{kind} of shape {shape}, where a batch of 1 may be left out")
-    ids = tensors["input_ids"].long() if "input_ids" in tensors else None
-    hidden = [tensors.get(f"hidden_states.{i}") for i in range(config.num_hidden_layers + 1)]
-    return ids, [*hidden[:-1], None, hidden[-1], tensors["logits"]]        # None: the last block
+    ids, seed = ((tensors["input_ids"].long(), None) if "input_ids" in tensors
+                 else (make_ids(seed, B, T, config.vocab_size), seed))
+    try:
+        check_inputs(ids, None, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return ids, rows_of(tensors, config.num_hidden_layers), seed
 
 
-def save_ours(path, ids, traced):
-    """Our results as a port's file."""
-    *hidden, last_block, norm, logits = traced
-    tensors = {f"hidden_states.{i}": x for i, x in enumerate([*hidden, norm])}
-    save_file({"input_ids": ids.contiguous(), "logits": logits, **tensors}, path)
+def save_ours(path, ids, rows):
+    """Write our results as a port's file."""
+    save_file({"input_ids": ids.contiguous(), **tensors_of(rows)}, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -199,15 +222,15 @@ def save_ours(path, ids, traced):
 # ------------------------------------------------------------------------------------------------
 
 def default_tolerance(dtype, float32=1e-5):
-    """The top of the file says where the numbers come from."""
+    """The limit of a relative difference; the top of the file says where the numbers come from."""
     eps = torch.finfo(dtype).eps
     return 8 * eps if eps > 1e-4 else float32
 
 
 def tolerances(dtype, same_order):
-    """How far apart (rows, gradients) may be.
+    """(limit for the rows, limit for the gradients).
 
-    None asks for the same bits: of two models that compute in the same order of operations.
+    None asks for the same bits, of two models that compute in the same order of operations.
     """
     if same_order:
         return None, default_tolerance(dtype, 1e-6)
@@ -215,7 +238,10 @@ def tolerances(dtype, same_order):
 
 
 def measure(x, reference, tolerance):
-    """How far x is from the reference; tolerance None asks for the same bits."""
+    """A dict that says how far x is from the reference, and whether it is the same.
+
+    tolerance: the largest relative difference allowed; None asks for the same bits.
+    """
     bit_equal = x.dtype == reference.dtype and torch.equal(x, reference)
     gap, size = x.double() - reference.double(), reference.double().norm().item()
     if bit_equal or not gap.any():                         # equal infinities would make NaN below
@@ -228,14 +254,14 @@ def measure(x, reference, tolerance):
 
 
 def first_position(x, reference, tolerance):
-    """The first position at which x (B, T, ...) is too far off in any row of the batch."""
+    """The first position at which x (B, T, C) is too far off in any text of the batch."""
     gap = (x.double() - reference.double()).norm(dim=-1)                   # (B, T)
     bad = ~(gap <= (tolerance or 0.0) * reference.double().norm(dim=-1))   # NaN is bad
     return bad.any(0).int().argmax().item()
 
 
 def compare_traces(names, inputs, xs, references, tolerance):
-    """A row for each name that was saved, with a result for each of the inputs."""
+    """A dict for each name that was saved, with a result for each of the inputs."""
     rows = []
     for i, name in enumerate(names):
         results = []
@@ -250,7 +276,7 @@ def compare_traces(names, inputs, xs, references, tolerance):
 
 
 def compare_gradients(xs, references, tolerance):
-    """The loss and each parameter's gradient, worst first; all gradients as one long vector."""
+    """The loss and each parameter's gradient, worst first; and all gradients as one vector."""
     rows = [{"row": name, **measure(xs[name], references[name], tolerance)} for name in references]
     rows.sort(key=lambda row: finite(row["relative"]), reverse=True)
     names = references.keys() - {"loss"}
@@ -264,11 +290,6 @@ def squares(x):
     return x.square().sum().item()
 
 
-def finite(x):
-    """NaN counts as infinitely far off."""
-    return math.inf if math.isnan(x) else x
-
-
 def next_token_agreement(xs, references):
     """For each of the inputs, the share of positions whose likeliest next token is the same."""
     return [(x[-1].argmax(-1) == reference[-1].argmax(-1)).double().mean().item()
@@ -279,32 +300,30 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
                 batch=1, seed=0, tolerance=None, with_gradients=False):
     """The whole comparison, as a dict that JSON can hold.
 
-    With theirs, a port's file is judged by our model; without, our model by transformers'.
+    With theirs, a port's file is judged by our model; without it, our model by transformers'.
+    Raises ValueError or OSError for what cannot be read or compared.
     """
     config = config_of(name, revision)
-    names = NAMES[config.model_type]
-    lengths = lengths or default_lengths(config)
-    inputs = [make_ids(seed, batch, T, config.vocab_size) for T in lengths]
     if theirs:
-        ids, saved = read_theirs(theirs, config)
-        inputs = [make_ids(seed, *saved[-1].shape[:2], config.vocab_size) if ids is None else ids]
-        seed = seed if ids is None else None               # None: the ids are the file's own
+        ids, saved, seed = read_theirs(theirs, config, seed)
+        inputs = [ids]
+    else:
+        inputs = [make_ids(seed, batch, T, config.vocab_size)
+                  for T in lengths or default_lengths(config)]
+    table = NAMES[config.model_type]
     model = load_ours(name, revision, dtype, backend)
-    dtype = model.dtype
-    try:
-        ours, our_grads = run(model, inputs, names, with_gradients)
-    except ValueError as error:                            # ids that this model cannot read
-        raise ValueError(f"{theirs}: {error}" if theirs else str(error)) from None
+    backend, dtype = choose_backend(backend), model.dtype
+    ours, our_gradients = run(model, inputs, table, with_gradients)
     if theirs:
         xs, references, reference = [saved], ours, f"{Path(theirs).name}, ours as reference"
     else:
         del model                                          # one model in memory at a time
         model, reference = load_transformers(name, revision, dtype)
-        xs, (references, grads) = ours, run(model, inputs, names, with_gradients)
+        xs, (references, their_gradients) = ours, run(model, inputs, table, with_gradients)
 
-    backend = choose_backend(backend)
-    limits = tolerances(dtype, backend == "naive" and not theirs)
-    limits = limits if tolerance is None else (tolerance, tolerance)
+    limits = (tolerance, tolerance)
+    if tolerance is None:
+        limits = tolerances(dtype, backend == "naive" and not theirs)
     report = {"model": name, "revision": revision, "layers": config.num_hidden_layers,
               "window": window_of(config), "dtype": str(dtype).removeprefix("torch."),
               "backend": backend, "reference": reference, "torch": torch.__version__,
@@ -314,90 +333,31 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
               "next_token_agreement": next_token_agreement(xs, references),
               "rows_saved_by_port": bool(theirs), "gradients": None}
     if with_gradients:
-        report["gradients"] = compare_gradients(our_grads, grads, limits[1])
+        report["gradients"] = compare_gradients(our_gradients, their_gradients, limits[1])
     report |= verdict(report, config)
-    if theirs:
-        report |= name_mistakes(report, model, inputs[0], saved, config)
-    return report
+    return report | name_mistakes(report, model, ids, saved, config) if theirs else report
 
 
 def name_mistakes(report, model, ids, saved, config):
     """The part of the report that says which known mistakes give a port's own numbers.
 
-    mistakes: empty where the port is right and where none fits.  alternatives: whether each of them by
-    itself would give these numbers, and not all of them together.  told_apart_at: the length of a text
-    that would tell alternatives apart, from `--ids --lengths N`.
+    mistakes: empty where the port is right and where none fits.  alternatives: whether each of them
+    alone would give these numbers, and not all of them together.  told_apart_at: N, where the ids
+    of `--ids --lengths N` would tell alternatives apart.
     """
     found = []
     if not report["same"] and model.dtype == torch.float32:
-        found = diagnose(model, ids, saved, report["tolerance"], progress=sys.stderr.isatty())
+        found = diagnose(model, ids, saved, report["tolerance"])
     longest = min(config.position_limit or 2048, 2048)
-    longer = (make_ids(0, 1, T, config.vocab_size) for T in (16, 64, 256, 520, longest) if T <= longest)
+    longer = (make_ids(0, 1, T, config.vocab_size) for T in (16, 64, 256, 520, longest)
+              if T <= longest)
     text = told_apart(model, found, longer) if len(found) > 1 else None
-    return {"mistakes": [{"id": mistake.id, "relative": f.relative, "sentence": mistake.sentence,
-                          "fix": mistake.fix} for f in found for mistake in f.mistakes],
-            "alternatives": len(found) > 1, "told_apart_at": None if text is None else text.size(1)}
-
-
-# ------------------------------------------------------------------------------------------------
-# Where to look
-# ------------------------------------------------------------------------------------------------
-
-HINTS = {
-    "finite": "numbers that are not finite: an overflow (float16 ends at 65504), or -inf as the "
-              "mask of a row that may read nothing",
-    "rounding": "rounding: the same function in another order of operations",
-    "small": "too little for a wrong matrix: tanh or exact GELU (config.json names it), "
-             "LayerNorm's eps",
-    "precision": "too little for a wrong rule, and position 0 is right: rotary angles, scores or "
-                 "softmax in half precision",
-    "window": "the window: query i reads keys j with 0 <= i - j < window: itself and window - 1 "
-              "before",
-    "order": "the order of the layers: this one is global, and seems to have a window",
-    "weights": "the weights of this layer: one before it, computed alike, is right",
-    "final norm": "the final norm: weight, bias, eps",
-    "last block": "the final norm: weight, bias, eps; or the last block, which has no row here",
-    "logits": "the head: tied to the embedding or not, no bias",
-    "no rows": "save hidden_states as well, to see where it begins",
-    "gradient": "forward is right, backward is not: the labels' shift by one, the mean, a detach",
-    "gpt_neo": {
-        "embeddings": "token + position embedding, positions from 0, no factor",
-        "scores": "the scores, since position 0 is right: GPT-Neo has no 1/sqrt(D); the causal "
-                  "mask; q and k",
-        "block": "wrong at position 0 too, so not the scores: LayerNorms, v and out_proj "
-                 "(transposed?), biases, GELU; x + attn(ln_1(x)), then x + mlp(ln_2(x))"},
-    "gpt_neox": {
-        "embeddings": "the token embedding alone: no positions, no factor",
-        "scores": "the scores, since position 0 is right: rotary on the first rotary_pct of each "
-                  "head, in halves and not neighbours; 1/sqrt(D); the causal mask",
-        "block": "wrong at position 0 too, so not the rotation: QKV is cut by head first, then in "
-                 "q, k, v; two LayerNorms, one for each branch; parallel residual; GELU"}}
-
-
-def hint(row, position, config, theirs, rounding):
-    """Key of HINTS for the first row that differs, from how much it does, and from where on."""
-    size = max(finite(r["relative"]) for r in row["results"])
-    if math.isinf(size):
-        return "finite"
-    if size <= rounding:
-        return "rounding"
-    if not row["row"].startswith("block"):
-        return "last block" if theirs and row["row"] == "final norm" else row["row"]
-    layer, W = int(row["row"].split()[1]), window_of(config)
-    own = config.windows[layer]
-    if own and position >= max(1, own - 1):                # own - 1: a window that is one too small
-        return "window"
-    if W and not own and position >= W:
-        return "order"
-    if size < 1e-3:
-        return "precision" if position else "small"
-    if own in config.windows[:layer] or (layer and position == 0):
-        return "weights"
-    return "scores" if position else "block"
+    return {"mistakes": as_dicts(found), "alternatives": len(found) > 1,
+            "told_apart_at": None if text is None else text.size(1)}
 
 
 def verdict(report, config):
-    """What the numbers say: the same or not, how many rows are, and where to look."""
+    """The part of the report that says whether the models are the same, or where to look."""
     rows, grads = report["rows"], report["gradients"]
     bad = [row for row in rows if not row["same"]]
     out = {"rows_same": len(rows) - len(bad), "first_difference": None, "first_position": None,
@@ -466,7 +426,7 @@ def print_table(report, out):
 
 
 def print_gradients(grads, T, out):
-    """All of them in one line, and the worst five, or all but those that are exact."""
+    """All of them in one line, then the worst five, without those that are bit-identical."""
     good, exact = (sum(row[key] for row in grads["rows"]) for key in ("same", "bit_equal"))
     print(f"loss and gradients at T = {T}: {good} of {len(grads['rows'])} within "
           f"{grads['tolerance']:.1e}, {exact} bit-identical; all together {grads['total']:.1e}",
@@ -477,7 +437,7 @@ def print_gradients(grads, T, out):
 
 
 def summary(report):
-    """The verdict in one line, or three where there is somewhere to look."""
+    """The verdict in one line, and below it, where the models differ, where to look."""
     how = "bit-identical" if report["tolerance"] is None else f"within {report['tolerance']:.1e}"
     line = (f"{report['rows_same']} of {len(report['rows'])} rows {how} at lengths "
             f"{listed(report['lengths'])} ({setting(report)})")
@@ -490,18 +450,17 @@ def summary(report):
 
 
 def advice(report):
-    """Lines: the mistake by its name where one gives the port's own numbers, else where to look."""
+    """Lines: the mistakes that give the port's own numbers, or, where none does, where to look."""
     if not report.get("mistakes"):
         if report["rows_saved_by_port"]:
             yield "none of the known mistakes gives these numbers"
         yield f"look at: {report['hint']}"
         return
-    for mistake in report["mistakes"]:
-        yield f"mistake: {mistake['id']}: {mistake['sentence']}"
-        yield f"  in its place: {mistake['fix']}"
+    yield from explained(report["mistakes"])
     if report["alternatives"]:
         N = report["told_apart_at"]
-        yield "these ids cannot tell them apart" + (f"; those of --ids --lengths {N} can" if N else "")
+        longer = f"; those of --ids --lengths {N} can" if N else ""
+        yield "these ids cannot tell them apart" + longer
 
 
 def markdown(report):
@@ -515,7 +474,7 @@ def markdown(report):
 
 
 def plot(report, path):
-    """Relative difference by layer, a line for each length, exact zeros on a floor of their own."""
+    """Draw the relative difference by layer, a line for each length; exact zeros lie on a floor."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -527,7 +486,7 @@ def plot(report, path):
     high = math.ceil(math.log10(max([1e-4, *positive, report["tolerance"] or 0]))) + 1
     figure, axes = plt.subplots(figsize=(max(7, 3 + 0.35 * len(names)), 4.8), layout="constrained")
     colours = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]   # Okabe and Ito
-    for i, T in enumerate(report["lengths"]):              # hollow and smaller each: none is hidden
+    for i, T in enumerate(report["lengths"]):              # smaller hollow markers hide no others
         axes.plot(names, [max(row[i], 10.0 ** low) for row in values], label=f"T = {T}",
                   color=colours[i % 6], marker="osD^v"[i % 5], fillstyle="none",
                   markersize=max(4, 14 - 2.5 * i))
@@ -561,36 +520,40 @@ def lengths(text):
 
 
 def arguments(argv=None):
+    """The options, parsed and checked; if they are wrong, the program ends with status 2."""
     parser = argparse.ArgumentParser(
         description="Compare every layer of a checkpoint with transformers' eager attention, or "
                     "with what a port saved. Exit status: 0 the same, 1 different, 2 bad input.")
     add = parser.add_argument
-    add("model", nargs="?", help="folder or hub id")
+    add("model", nargs="?", help="the checkpoint: a folder or a hub id")
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     add("--dtype", default="float32", metavar="NAME",
-        help="float32 (default), bfloat16, float16, auto (the checkpoint's)")
+        help="float32 (default), bfloat16, float16, or auto for the checkpoint's own")
     add("--backend", default="naive", metavar="NAME",
-        help="our attention: naive (default), sdpa, triton, flash, auto")
+        help="our attention backend: naive (default), sdpa, triton, flash, auto")
     add("--lengths", type=lengths, metavar="N,N,...",
-        help="in tokens (default: 1, and below, at, above and twice above the window)")
-    add("--batch", type=int, default=1, metavar="B", help="texts at once (default 1)")
-    add("--seed", type=int, default=0, metavar="N", help="of the input ids (default 0)")
-    add("--tolerance", type=float, metavar="X", help="judge by relative difference, not by bits")
+        help="lengths of the texts in tokens (default: 1, and lengths below, at, above and twice "
+             "above the window)")
+    add("--batch", type=int, default=1, metavar="B", help="texts in a batch (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the input ids (default 0)")
+    add("--tolerance", type=float, metavar="X",
+        help="the largest relative difference that counts as equal (default: see compare.py)")
     add("--gradients", action="store_true",
-        help="also the loss and its gradients at the longest length")
+        help="also compare the loss and its gradients, at the longest length")
     add("--theirs", metavar="FILE",
         help="judge a port's .safetensors file by our model, without transformers")
-    add("--ids", action="store_true", help="only print ids of the longest length as JSON")
+    add("--ids", action="store_true", help="only print the ids of the longest text as JSON")
     add("--save-ours", metavar="FILE",
-        help="only save our results at the longest length, as --theirs reads them")
+        help="only save our results for the longest text, in the format that --theirs reads")
     add("--vectors", metavar="DIR",
         help="only write test vectors for ports in any language: checkpoints and right answers")
     add("--check-vectors", nargs=2, metavar=("DIR", "ANSWERS"),
         help="only judge a port's answers to the test vectors in DIR")
-    add("--junit", metavar="FILE", help="the verdicts of --check-vectors as JUnit XML")
-    add("--json", metavar="FILE", help="the report as JSON; - is standard output")
-    add("--plot", metavar="FILE.png", help="relative difference by layer")
-    add("--markdown", action="store_true", help="a row of a Markdown table on standard output")
+    add("--junit", metavar="FILE", help="also write the verdicts of --check-vectors as JUnit XML")
+    add("--json", metavar="FILE", help="also write the report as JSON; - is standard output")
+    add("--plot", metavar="FILE.png", help="also draw the relative difference by layer")
+    add("--markdown", action="store_true",
+        help="also print the result as a row of a Markdown table, on standard output")
     args = parser.parse_args(argv)
     problem = unusable(args)
     if problem:
@@ -599,7 +562,7 @@ def arguments(argv=None):
 
 
 def unusable(args):
-    """What is wrong with the arguments taken together, found before any work is done."""
+    """What is wrong with the options together, or None; found before any work is done."""
     if bool(args.model) == bool(args.vectors or args.check_vectors):
         return "give a model, or --vectors DIR, or --check-vectors DIR ANSWERS"
     if args.junit and not args.check_vectors:
@@ -620,11 +583,15 @@ def unusable(args):
         if not Path(path).absolute().parent.is_dir():
             return f"no folder {Path(path).parent} to write {Path(path).name} into"
         if Path(path).is_dir():
-            return f"{path} is a folder, and a file is to be written"
+            return f"{path} is a folder: name a file to write"
 
 
 def write_report(report, json_path=None, plot_path=None, as_markdown=False):
-    """Table, JSON, plot, Markdown; what a program will read has standard output for itself."""
+    """Write the report as a table, as JSON, as a plot and as Markdown.
+
+    JSON or Markdown for another program has standard output for itself: then the table goes to
+    standard error.
+    """
     print_table(report, sys.stderr if json_path == "-" or as_markdown else sys.stdout)
     if json_path:
         valid = json.loads(json.dumps(report), parse_constant=str)         # JSON has no NaN

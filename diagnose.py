@@ -1,22 +1,24 @@
 """Which mistake gives a port's own numbers?
 
     diagnose(model, ids, theirs)    the sets of mistakes that explain the port; none if none does
+    hint(row, position, ...)        where to look then: key of a sentence in HINTS
 
-mistakes.py can make every known mistake in our own model.  So the search is simple: make one, run the
-same ids, and see whether the numbers that come out are the port's.
+mistakes.py can make every known mistake in our own model.  So the search is simple: make one, run
+the same ids, and see whether the numbers that come out are the port's.
 
-    1. Find the first row that differs.  What lies before it is right and is not computed again: a trial
-       runs from there, and stops at the first row that is not the port's.
+    1. Find the first row that differs.  What lies before it is right and is not computed again: a
+       trial runs from there, and stops at the first row that is not the port's.
     2. A mistake explains the port if all rows then agree to rounding.
-    3. Where none does, one that moves the first difference to a later row or position is kept, and a
-       second and a third are looked for on top of it.
-    4. Where none does even that, two are tried at once, on the shortest text that shows a difference.
+    3. If no mistake does, one that moves the first difference to a later row or position is kept,
+       and a second and a third are looked for on top of it.
+    4. If no mistake does even that, two are tried at once, on the shortest text that shows a
+       difference.
 
 A mistake is never named because it comes near: what it leaves must be rounding.
 
     B batch · T tokens · C width · V vocabulary · L layers
-    rows: what flows through a model, as `trace` has it: what goes into block 0, what comes out of
-    each block, out of the final norm, and the logits; L + 3 tensors (B, T, C), the last (B, T, V)
+    rows: what flows through a model, as `trace` returns it: what goes into block 0, what comes out
+    of each block and of the final norm, and the logits: L + 3 tensors (B, T, C), the last (B, T, V)
 """
 
 import contextlib
@@ -31,8 +33,8 @@ from tqdm import tqdm
 
 from mistakes import planted, variants
 
-AT_ONCE = 3                                # mistakes that are looked for together
-SECONDS = 120.0                            # after which only single mistakes are still tried
+AT_ONCE = 3                                # at most so many mistakes are looked for together
+SECONDS = 120.0                            # after this time only single mistakes are still tried
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Found:
     """Mistakes that together give the port's numbers."""
     mistakes: tuple                        # of mistakes.Mistake
     patches: list
-    relative: float                        # what they leave: the largest relative difference of a row
+    relative: float                        # the largest relative difference that a row still has
 
     @property
     def ids(self):
@@ -49,11 +51,11 @@ class Found:
 
 @dataclass
 class Outcome:
-    """How far a trial agrees with the port: the first row and position that differ, or row = len(rows)."""
-    row: int
-    position: int = 0
-    relative: float = 0.0                  # how far off that row is
-    worst: float = 0.0                     # how far off the worst row is that was looked at
+    """How far a trial agrees with the port."""
+    row: int                               # the first that differs, or len(rows)
+    position: int = 0                      # the first that differs in that row
+    relative: float = 0.0                  # the relative difference of that row
+    worst: float = 0.0                     # the largest relative difference of all rows looked at
 
     @property
     def place(self):
@@ -61,7 +63,7 @@ class Outcome:
 
 
 class Stop(Exception):
-    """Ends a forward pass when a trial is decided."""
+    """Raised by a hook to end a forward pass as soon as a trial is decided."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ class Stop(Exception):
 # ------------------------------------------------------------------------------------------------
 
 def make_ids(seed, B, T, vocab_size):
-    """Arbitrary ids (B, T), by a linear congruential generator that any language can repeat.
+    """Arbitrary ids (B, T) int64, by a linear congruential generator that any language can repeat.
 
     x <- (1664525 x + 1013904223) mod 2^32, starting from the seed; each x gives floor(x V / 2^32).
     They fill column after column, so that a shorter text is the beginning of a longer one.
@@ -79,6 +81,11 @@ def make_ids(seed, B, T, vocab_size):
         x = (1664525 * x + 1013904223) % 2**32
         ids.append(x * vocab_size >> 32)
     return torch.tensor(ids, dtype=torch.long).view(T, B).T
+
+
+def window_of(config):
+    """The window of the local layers, or None if all layers are global."""
+    return next((w for w in config.windows if w is not None), None)
 
 
 def parts(model):
@@ -112,6 +119,21 @@ def trace(model, ids):
     return [*seen, logits]
 
 
+def tensors_of(rows):
+    """{name: row} as a port's file names them: logits, and hidden_states.0 to .L.
+
+    As in transformers' tuple of hidden states, what the last block returns is not among them.
+    """
+    *hidden, last_block, norm, logits = rows
+    return {"logits": logits} | {f"hidden_states.{i}": x for i, x in enumerate([*hidden, norm])}
+
+
+def rows_of(tensors, layers):
+    """The opposite of tensors_of: rows, with None for each that the port did not save."""
+    hidden = [tensors.get(f"hidden_states.{i}") for i in range(layers + 1)]
+    return [*hidden[:-1], None, hidden[-1], tensors["logits"]]
+
+
 # ------------------------------------------------------------------------------------------------
 # Running our model with patches
 # ------------------------------------------------------------------------------------------------
@@ -128,17 +150,20 @@ def resumed(model, start, x):
 
 @torch.no_grad()
 def run(model, ids, patches, see, start=0, x=None):
-    """Run the patched model and call see(row, tensor) as each row comes about, until see raises Stop.
+    """Run the patched model; call see(row, tensor) for each row when it is computed.
 
-    Rows are cut to their last T positions, since one mistake puts a token before the ids.
+    Where see raises Stop, the run ends there.  Rows are cut to their last T positions, since one
+    mistake puts a token before the ids.  start, x: see `resumed`.
     """
     T = ids.size(1)
-    with planted(list(patches) + (resumed(model, start, x) if start else [])), contextlib.ExitStack() as hooks:
+    patches = [*patches, *(resumed(model, start, x) if start else [])]
+    with planted(patches), contextlib.ExitStack() as hooks:
         blocks = model.transformer.blocks
 
         def watch(module, row):
-            hooks.callback(module.register_forward_hook(
-                lambda module, args, out: see(row, (out[0] if isinstance(out, tuple) else out)[:, -T:])).remove)
+            def leaves(module, args, out):
+                see(row, (out[0] if isinstance(out, tuple) else out)[:, -T:])
+            hooks.callback(module.register_forward_hook(leaves).remove)
 
         if start == 0:
             hooks.callback(blocks[0].register_forward_pre_hook(
@@ -151,16 +176,21 @@ def run(model, ids, patches, see, start=0, x=None):
 
 
 def off(x, reference):
-    """|x - reference| / |reference| at each position (B, T), and over all.  One position of a text may be
-    NaN in x, where it says nothing."""
+    """|x - reference| / |reference| at each position, (B, T) float64, and over all, a float.
+
+    x, reference (B, T, C).  At one position of each text x may be NaN: there is no number for it
+    where a row is shifted, and it is left out.
+    """
     x, reference = x.double(), reference.double()
-    silent = x.isnan().all(-1)                             # (B, T): what a shifted row has no number for
-    if silent.sum() > len(x):
+    empty = x.isnan().all(-1)                                              # (B, T)
+    if empty.sum() > len(x):
         return torch.full(x.shape[:2], math.inf), math.inf
-    gap = (x - reference).norm(dim=-1).masked_fill(silent, 0.0)            # (B, T)
-    size = reference.norm(dim=-1).masked_fill(silent, 0.0)
-    whole = gap.norm() / size.norm() if size.any() else gap.norm() * math.inf if gap.any() else gap.norm()
-    return gap / size.clamp(min=1e-300), math.inf if whole.isnan() else whole.item()
+    gap = (x - reference).norm(dim=-1).masked_fill(empty, 0.0)             # (B, T)
+    size = reference.norm(dim=-1).masked_fill(empty, 0.0)                  # (B, T)
+    whole = gap.norm().item()
+    if whole:                                              # a reference of zeros makes it infinite
+        whole = whole / size.norm().item() if size.any() else math.inf
+    return gap / size.clamp(min=1e-300), math.inf if math.isnan(whole) else whole
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,7 +198,10 @@ def off(x, reference):
 # ------------------------------------------------------------------------------------------------
 
 class Search:
-    """What a port has saved, our model, and the trials of mistakes."""
+    """What a port has saved, our model, and the trials of mistakes.
+
+    right is the Outcome of our model without any mistake.
+    """
 
     def __init__(self, model, ids, theirs, tolerance, bar):
         self.model, self.ids, self.theirs, self.tolerance = model, ids, theirs, tolerance
@@ -180,12 +213,13 @@ class Search:
             self.before[row] = off(rows[row], theirs[row])[1]
 
     def limit(self, row, rounds):
-        """How far off a row may be that a mistake explains: rounding, and a part of what it explains.
+        """The relative difference that a row may still have if a mistake explains it.
 
-        A mistake that rounds within the computation (softmax in bfloat16) rounds some numbers the other
-        way wherever a port sums in another order.  A twentieth of its own effect is left for that at
-        most positions (`fits`), and half for all together: measured up to 0.28, where a large score
-        is rounded the other way.
+        It is rounding, and a part of the difference that the mistake explains.  A mistake that
+        rounds within the computation (softmax in bfloat16) rounds some numbers the other way if a
+        port sums in another order.  For that it may leave a twentieth of its own effect at most
+        positions (`fits`), and half of it over all of them; 0.28 of it has been measured, where a
+        large score is rounded the other way.
         """
         before = self.before.get(row, 0.0)
         if rounds:
@@ -193,14 +227,14 @@ class Search:
         return min(self.tolerance, 0.2 * before) if before > self.tolerance else self.tolerance
 
     def fits(self, row, x, rounds):
-        """Is this row the port's?  -> (yes or no, how far off it is at each position (B, T), and as a whole)"""
+        """Is this row the port's?  -> (yes or no, its differences from it as `off` returns them)"""
         each, whole = off(x, self.theirs[row][:, :x.size(1)])
         limit = self.limit(row, rounds)
         most = each.median().item() if rounds else whole
         return most <= limit and whole <= (10 * limit if rounds else limit), each, whole
 
     def judge(self, until, rounds, result):
-        """A function for `run` that fills in the Outcome `result`."""
+        """The function `see` for `run`: it compares rows up to `until` and fills in `result`."""
         def see(row, x):
             if row in self.saved and row <= until:
                 fits, each, whole = self.fits(row, x, rounds)
@@ -215,21 +249,24 @@ class Search:
         return see
 
     def trial(self, patches, start=0, x=None, length=None, until=None, rounds=False):
-        """The Outcome of these patches for the first `length` tokens and the rows up to `until`."""
+        """The Outcome of these patches for the first `length` tokens and the rows up to `until`.
+
+        start, x: where to begin (`resumed`).  rounds: whether one of the mistakes rounds.
+        """
         self.bar.update()
-        ids, last = self.ids[:, :length], len(self.theirs) - 1
         if any(name == "forward" and thing is self.model.transformer for thing, name, _ in patches):
-            start = 0                                      # a token more than rows are kept for
-        until = last if until is None else until
+            start = 0                                      # with an extra token no row is known
+        until = len(self.theirs) - 1 if until is None else until
         result = Outcome(until + 1)
+        see = self.judge(until, rounds, result)
         try:
-            run(self.model, ids, patches, self.judge(until, rounds, result), start, x)
-        except ValueError:                                 # one token more than there are positions
+            run(self.model, self.ids[:, :length], patches, see, start, x)
+        except ValueError:                                 # the extra token has no position left
             return Outcome(0, 0, math.inf, math.inf)
         return result
 
     def whole(self, patches, rounds=False):
-        """The Outcome from the very beginning, and all rows."""
+        """(the Outcome from the very beginning, all rows)"""
         result, rows = Outcome(len(self.theirs)), [None] * len(self.theirs)
         judge = self.judge(len(self.theirs), rounds, result)
 
@@ -243,7 +280,7 @@ class Search:
         return result, rows
 
     def resume(self, row):
-        """The block to begin with when `row` is the first that differs; 0 is the very beginning."""
+        """The block to begin with where `row` is the first that differs; 0 is the beginning."""
         right = [saved for saved in self.saved if saved < row]
         return min(right[-1], len(self.model.transformer.blocks)) if right else 0
 
@@ -256,15 +293,15 @@ class Search:
 # The search
 # ------------------------------------------------------------------------------------------------
 
-def diagnose(model, ids, theirs, tolerance=1e-5, progress=False):
+def diagnose(model, ids, theirs, tolerance=1e-5):
     """All smallest sets of mistakes that give what a port has saved, as a list of Found.
 
-    model: ours, eval mode, naive attention; ids (B, T); theirs: the port's rows, None for each that it did
-    not save.  tolerance: the relative difference up to which a row is the same.  Empty where nothing
-    differs and where no mistake explains what does.  Several mean that these ids cannot tell them apart.
+    model: ours, in eval mode, with naive attention; ids (B, T) int64; theirs: the port's rows, with
+    None for each that it did not save.  tolerance: the relative difference up to which a row counts
+    as the same.  The list is empty where nothing differs, and where no mistake explains what does;
+    several sets in it cannot be told apart by these ids.
     """
-    bar = tqdm(desc="looking for the mistake", unit=" trials", disable=not progress, leave=False)
-    with bar:
+    with tqdm(desc="looking for the mistake", unit=" trials", disable=None, leave=False) as bar:
         search = Search(model, ids, theirs, tolerance, bar)
         if search.right.row == len(theirs):
             return []
@@ -272,7 +309,10 @@ def diagnose(model, ids, theirs, tolerance=1e-5, progress=False):
 
 
 def explain(search, chosen, base):
-    """Sets of mistakes that explain the port, each of them these and more, at most AT_ONCE in all."""
+    """[Found]: sets of mistakes that explain the port.
+
+    Each set holds the mistakes `chosen`, whose patches are `base`, and at most AT_ONCE in all.
+    """
     state, rows = search.whole(base, any(m.rounds for m in chosen))
     if state.row == len(search.theirs):
         return [Found(chosen, base, state.worst)]
@@ -281,14 +321,14 @@ def explain(search, chosen, base):
     singles = tried(search, chosen, base, state, rows)
     found = []
     for mistake, patches, outcome in singles:
-        if outcome.row == len(search.theirs):              # the rows before it must stay right, too
+        if outcome.row == len(search.theirs):              # the rows before must stay right, too
             whole, _ = search.whole(patches, any(m.rounds for m in (*chosen, mistake)))
             if whole.row == len(search.theirs):
                 found.append(Found((*chosen, mistake), patches, whole.worst))
     if found:
         return found
-    better = sorted((s for s in singles if s[2].place > state.place), key=lambda s: s[2].place, reverse=True)
-    for mistake, patches, outcome in better[:4]:
+    better = [s for s in singles if s[2].place > state.place]
+    for mistake, patches, outcome in sorted(better, key=lambda s: s[2].place, reverse=True)[:4]:
         if search.whole(patches)[0].place > state.place:
             found += explain(search, (*chosen, mistake), patches)
     if not found and len(chosen) + 2 <= AT_ONCE:
@@ -311,7 +351,7 @@ def tried(search, chosen, base, state, rows):
         patches = base + patches
         outcome = None
         if len(search.saved) == 1 and not any(m.whole_text for m in (*chosen, mistake)):
-            # Nothing ends a trial early where only logits are known, so it begins with a part of the text.
+            # Nothing ends a trial early where only logits are known: try a part of the text first.
             outcome = search.trial(patches, start, rows[start], length=short, rounds=rounds)
         if outcome is None or outcome.row == len(search.theirs):
             outcome = search.trial(patches, start, rows[start], rounds=rounds)
@@ -320,7 +360,10 @@ def tried(search, chosen, base, state, rows):
 
 
 def pairs(search, chosen, base, state, rows, singles):
-    """Yield (two mistakes, patches) that put the first wrong row right, up to its first wrong position."""
+    """Yield (two mistakes, patches) that put right the first wrong position of the first wrong row.
+
+    singles: what `tried` returned.  Mistakes that leave this row as it is are not paired.
+    """
     start, length = search.resume(state.row), state.position + 1
     touching = [(mistake, patches) for mistake, patches, outcome in singles
                 if outcome.row != state.row or outcome.relative != state.relative]
@@ -342,7 +385,7 @@ def pairs(search, chosen, base, state, rows, singles):
 
 
 def smallest(found):
-    """Without sets that hold more mistakes than needed, repetitions, and those that explain less well."""
+    """Leave out repetitions, larger sets than needed, and sets that explain the port less well."""
     if not found:
         return []
     fewest = min(len(f.mistakes) for f in found)
@@ -354,12 +397,95 @@ def smallest(found):
 
 
 def told_apart(model, found, longer):
-    """The shortest of the texts `longer` (ids (1, T)) on which the found sets differ, or None."""
+    """The first of the texts `longer` (ids (1, T)) for which the found sets give other logits."""
     for ids in longer:
         logits = []
         for f in found:
-            run(model, ids, f.patches, lambda row, x: logits.append(x) if x.size(-1) == model.config.vocab_size
-                and row == len(model.transformer.blocks) + 2 else None)
+            rows = []
+            run(model, ids, f.patches, lambda row, x: rows.append(x))
+            logits.append(rows[-1])
         if any(off(a, b)[1] > 1e-5 for a, b in itertools.combinations(logits, 2)):
             return ids
     return None
+
+
+# ------------------------------------------------------------------------------------------------
+# What is said about it
+# ------------------------------------------------------------------------------------------------
+
+def as_dicts(found):
+    """The mistakes of all sets as a report in JSON has them."""
+    return [{"id": m.id, "relative": f.relative, "sentence": m.sentence, "fix": m.fix}
+            for f in found for m in f.mistakes]
+
+
+def explained(mistakes):
+    """Two lines about each of the mistakes, given as dicts."""
+    for m in mistakes:
+        yield f"mistake: {m['id']}: {m['sentence']}"
+        yield f"  in its place: {m['fix']}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Where to look, where no mistake has a name
+# ------------------------------------------------------------------------------------------------
+
+HINTS = {
+    "finite": "numbers that are not finite: an overflow (float16 ends at 65504), or -inf as the "
+              "mask of a row that may read nothing",
+    "rounding": "rounding: the same function in another order of operations",
+    "small": "too little for a wrong matrix: tanh or exact GELU (config.json names it), "
+             "LayerNorm's eps",
+    "precision": "too little for a wrong rule, and position 0 is right: rotary angles, scores or "
+                 "softmax in half precision",
+    "window": "the window: query i reads keys j with 0 <= i - j < window: itself and window - 1 "
+              "before",
+    "order": "the order of the layers: this one is global, and seems to have a window",
+    "weights": "the weights of this layer: one before it, computed alike, is right",
+    "final norm": "the final norm: weight, bias, eps",
+    "last block": "the final norm: weight, bias, eps; or the last block, which has no row here",
+    "logits": "the head: tied to the embedding or not, no bias",
+    "no rows": "save hidden_states as well, to see where it begins",
+    "gradient": "forward is right, backward is not: the labels' shift by one, the mean, a detach",
+    "gpt_neo": {
+        "embeddings": "token + position embedding, positions from 0, no factor",
+        "scores": "the scores, since position 0 is right: GPT-Neo has no 1/sqrt(D); the causal "
+                  "mask; q and k",
+        "block": "wrong at position 0 too, so not the scores: LayerNorms, v and out_proj "
+                 "(transposed?), biases, GELU; x + attn(ln_1(x)), then x + mlp(ln_2(x))"},
+    "gpt_neox": {
+        "embeddings": "the token embedding alone: no positions, no factor",
+        "scores": "the scores, since position 0 is right: rotary on the first rotary_pct of each "
+                  "head, in halves and not neighbours; 1/sqrt(D); the causal mask",
+        "block": "wrong at position 0 too, so not the rotation: QKV is cut by head first, then in "
+                 "q, k, v; two LayerNorms, one for each branch; parallel residual; GELU"}}
+
+
+def finite(x):
+    """NaN counts as infinitely far off."""
+    return math.inf if math.isnan(x) else x
+
+
+def hint(row, position, config, theirs, rounding):
+    """The key of HINTS for the first row that differs.
+
+    It is chosen by how much the row differs and by the first position at which it does.
+    """
+    size = max(finite(r["relative"]) for r in row["results"])
+    if math.isinf(size):
+        return "finite"
+    if size <= rounding:
+        return "rounding"
+    if not row["row"].startswith("block"):
+        return "last block" if theirs and row["row"] == "final norm" else row["row"]
+    layer, W = int(row["row"].split()[1]), window_of(config)
+    own = config.windows[layer]
+    if own and position >= max(1, own - 1):                # own - 1: a window that is one too small
+        return "window"
+    if W and not own and position >= W:
+        return "order"
+    if size < 1e-3:
+        return "precision" if position else "small"
+    if own in config.windows[:layer] or (layer and position == 0):
+        return "weights"
+    return "scores" if position else "block"

@@ -16,7 +16,6 @@ more rows than tokens.  examples/port.c is a port that answers them; docs/checki
 import json
 import os
 import shutil
-import sys
 import tempfile
 import tokenize
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from diagnose import diagnose, make_ids, trace
+from diagnose import as_dicts, diagnose, explained, make_ids, rows_of, tensors_of, trace
 from files import error_line, plain, read_json
 from load_weights import AutoModelForCausalLM, AutoTokenizer, read_tensors
 from neo import GPTNeoConfig, GPTNeoForCausalLM
@@ -72,7 +71,7 @@ TEXTS = ["HAMLET.", " to be, or not to be", "don't", "  two  spaces", "\n\n", "n
 # ------------------------------------------------------------------------------------------------
 
 def wide(model, seed):
-    """Matrices N(0, 0.2), biases away from 0, norm weights away from 1: nothing is neutral.
+    """Draw all weights with a standard deviation of 0.2, norm weights around 1: nothing is neutral.
 
     The rows of the vocabulary without a token are small, as in the official checkpoints, where
     nothing has trained them; so they are never the likeliest.
@@ -96,14 +95,15 @@ def random_model(config, seed):
 
 def answers(model, ids):
     """{name: tensor}: logits (1, T, V) and hidden_states.0 to .L, each (1, T, C)."""
-    *hidden, last_block, norm, logits = trace(model, ids)
-    return {"logits": logits} | {f"hidden_states.{i}": x for i, x in enumerate([*hidden, norm])}
+    return tensors_of(trace(model, ids))
 
 
 @torch.no_grad()
 def greedy(model, prompt):
-    """The likeliest ids that follow, everything computed anew for each, and the smallest lead of
-    one over the second best."""
+    """The likeliest ids that follow the prompt (1, PROMPT), without a cache: a list of NEW ids.
+
+    Also the smallest lead of a chosen logit over the second best.
+    """
     ids, lead = prompt, float("inf")
     for _ in range(NEW):
         best = model(ids).logits[:, -1].topk(2)
@@ -146,13 +146,13 @@ def write_json(path, content):
 
 
 def write_vectors(folder):
-    """Write the whole folder, or nothing.  The same bytes on every run on one machine.
+    """Write the whole folder, or nothing; on one machine the same bytes in every run.
 
     Raises ValueError where the folder holds something, OSError where it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: give a folder that is not, or that is empty")
+        raise ValueError(f"{folder} is there already: name a new folder or an empty one")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
     try:
@@ -373,10 +373,8 @@ def find_mistakes(folder, ids, theirs, right):
             and theirs[name].shape == x.shape and theirs[name].is_floating_point()}
     if "logits" not in fits:
         return None
-    hidden = [fits.get(f"hidden_states.{i}") for i in range(len(right) - 1)]
-    rows = [*hidden[:-1], None, hidden[-1], fits["logits"]]
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="naive")
-    return diagnose(model, ids[None], rows, TOLERANCE, progress=sys.stderr.isatty())
+    return diagnose(model, ids[None], rows_of(fits, model.config.num_hidden_layers), TOLERANCE)
 
 
 def judge_tokenizer(folder, answered):
@@ -426,12 +424,9 @@ def check_vectors(folder, answers_folder):
 # What is shown
 # ------------------------------------------------------------------------------------------------
 
-def explained(found):
+def explanation(found):
     """Lines: the mistakes that explain a case, and whether more than one set of them does."""
-    for f in found:
-        for m in f.mistakes:
-            yield f"mistake: {m.id}: {m.sentence}"
-            yield f"  in its place: {m.fix}"
+    yield from explained(as_dicts(found))
     if len(found) > 1:
         yield "(these ids cannot tell them apart)"
 
@@ -445,7 +440,7 @@ def table(verdicts, mistakes):
         lines.append(plain(case))
         lines += [f"  {plain(v.what):{width}}  {'ok   ' if v.passed else 'WRONG'}  {v.said}"
                   for v in own]
-        lines += [f"  {line}" for line in explained(mistakes.get(case, []))]
+        lines += [f"  {line}" for line in explanation(mistakes.get(case, []))]
         if mistakes.get(case) == []:
             lines.append("  none of the known mistakes gives these numbers")
     wrong = sum(not v.passed for v in verdicts)
@@ -462,7 +457,7 @@ def write_junit(verdicts, mistakes, path):
                                       name=plain(v.what))
         if not v.passed:
             found = mistakes.get(v.case, [])
-            named = ", ".join(m.id for f in found for m in f.mistakes)
+            named = ", ".join(m["id"] for m in as_dicts(found))
             said = f"{v.said}; mistake: {named}" if named else v.said
-            ElementTree.SubElement(case, "failure", message=said).text = "\n".join(explained(found))
+            ElementTree.SubElement(case, "failure", message=said).text = "\n".join(explanation(found))
     ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

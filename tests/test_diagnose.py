@@ -1,6 +1,10 @@
 """Every mistake of the table is named, alone and in pairs, and nothing else ever is."""
 
+import functools
+import io
 import itertools
+import re
+import sys
 
 import pytest
 import torch
@@ -157,6 +161,21 @@ def test_odd_numbers_never_end_in_a_traceback(family):
             port = port_of(model, ids_of, [])
             port[row] = change(port[row])
             assert D.diagnose(model, ids_of, port) == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_bar(terminal, monkeypatch):
+    """On a terminal it counts every trial and then goes away; elsewhere nothing is written."""
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(D, "tqdm", functools.partial(D.tqdm, mininterval=0, miniters=1))     # show each
+    model = model_of("gpt_neox")
+    patches = next(patches for mistake, patches in variants(model) if mistake.id == "no-scale")
+    assert D.diagnose(model, ids_of, port_of(model, ids_of, patches))
+    trials = [int(n) for n in re.findall(r"looking for the mistake: (\d+) trials", screen.getvalue())]
+    assert trials == ([*range(len([*variants(model)]) + 1)] if terminal else [])
+    assert not screen.getvalue() or not "".join(screen.getvalue().split("\r")[-2:]).strip()
 
 
 def test_mistakes_that_these_ids_cannot_tell_apart():
