@@ -63,14 +63,39 @@ def replace_closed_stderr():
 # Reading
 # ------------------------------------------------------------------------------------------------
 
-def read_json(path):
-    """The object in a JSON file; ValueError that names the file where there is none."""
+LARGEST = 2**26                    # bytes; GPT-NeoX-20B's tokenizer.json has a thirtieth of it
+
+
+def read_small(path):
+    """The bytes of a file that is no weight file; ValueError where they are too many for one."""
+    if (size := os.path.getsize(path)) > LARGEST:
+        raise ValueError(f"{plain(path, 1000)} is not the file of a checkpoint: it has {size} bytes")
+    return Path(path).read_bytes()
+
+
+def read_json(path, unique=False):
+    """The object in a JSON file; ValueError that names the file where there is none.
+
+    unique: also where an object has a key twice, of which Python would take the last.
+    """
+    data = read_small(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(data.decode(),
+                             object_pairs_hook=without_repeats if unique else None)
     except (ValueError, RecursionError) as error:          # UnicodeDecodeError and JSONDecodeError too
         raise ValueError(f"{plain(path, 1000)} is not valid JSON: {error_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{plain(path, 1000)} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def without_repeats(pairs):
+    """The object of these (key, value) pairs; ValueError for a key that is there twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {shown(twice)} is there twice")
     return content
 
 

@@ -608,12 +608,15 @@ class AutoTokenizer:
         path = fetch(name_or_folder, "tokenizer_config.json", revision, required=False, **hub)
         named = read_json(path).get("tokenizer_class") if path else None
         has_json = fetch(name_or_folder, "tokenizer.json", revision, required=False, **hub) is not None
-        has_config = fetch(name_or_folder, "config.json", revision, required=False, **hub) is not None
-        if named is None and has_json and not has_config:
+        config = fetch(name_or_folder, "config.json", revision, required=False, **hub)
+        if config is not None:
+            read_json(config)                          # one that is broken is refused in any case
+        if named is None and has_json and config is None:
             named = "PreTrainedTokenizerFast"          # tokenizer.json alone says it all, as in transformers
         if named is None:
             path = fetch(name_or_folder, "config.json", revision, **hub)
             raw = read_config(name_or_folder, revision, **hub)
-            named = raw.get("tokenizer_class") or {"gpt_neo": "GPT2Tokenizer",
-                                                   "gpt_neox": "GPTNeoXTokenizer"}[raw["model_type"]]
+            named = raw.get("tokenizer_class")
+        if named is None:
+            named = {"gpt_neo": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer"}[raw["model_type"]]
         return class_named(named, path, has_json).from_pretrained(name_or_folder, revision=revision, **kwargs)

@@ -489,7 +489,7 @@ class Tokenizer:
         if isinstance(tokens, AddedToken) or not isinstance(tokens, (list, tuple)):
             tokens = [tokens]
         tokens = [as_added_token(token, special_tokens) for token in tokens]
-        count = sum([self._add(token) for token in tokens])
+        count = self._add(tokens)
         self._index()
         return count
 
@@ -514,21 +514,28 @@ class Tokenizer:
         self.extra_special_tokens = extra
         return count
 
-    def _add(self, token):
-        """One added token, with the id that `tokenizers` would give it; 1 if that changed anything."""
-        text = token.content
-        id = self._ids.get(text)
-        if id is None:
-            id = max([self.vocab_size - 1, *(self._ids[other] for other in self._added)]) + 1
-            if id in self._taken:
-                raise wrong(self._source, f"added token {shown(text)}", f"would have id {id}, which is taken")
-        changed = self._added.get(text) != token._replace(id=id)
-        self._ids[text] = id
-        self._taken.add(id)
-        self._added[text] = token._replace(id=id)
-        if token.special:                              # it stays special, whatever is said later
-            self._special.add(text)
-        return int(changed)
+    def _add(self, tokens):
+        """Adds tokens with the ids that `tokenizers` gives them; returns how many changed anything.
+
+        It looks once for the first free id, before it adds the first of these tokens.
+        """
+        free = max([self.vocab_size - 1, *(self._ids[text] for text in self._added)]) + 1
+        changed = 0
+        for token in tokens:
+            text = token.content
+            if text not in self._ids:
+                if free in self._taken:
+                    raise wrong(self._source, f"added token {shown(text)}",
+                                f"would have id {free}, which is taken")
+                self._ids[text] = free
+                self._taken.add(free)
+                free += 1
+            token = token._replace(id=self._ids[text])
+            changed += self._added.get(text) != token
+            self._added[text] = token
+            if token.special:                          # it stays special, whatever is said later
+                self._special.add(text)
+        return changed
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -550,8 +557,8 @@ class Tokenizer:
         return tokenizer
 
     def __init__(self, paths, overrides):
-        self._files = {name: path.read_bytes() for name, path in paths.items()}
         read = read_files(paths, overrides, type(self))
+        self._files = {name: path.read_bytes() for name, path in paths.items()}
         check_vocab(read.source, read.vocab)
         self._source, self._nfc, self._config = read.source, read.nfc, read.config
         self._bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={}, mergeable_ranks=(
@@ -577,18 +584,18 @@ class Tokenizer:
         self._named = {name: token and content(token) for name, token in named.items()}
         extra = read.config.get("extra_special_tokens") or read.config.get("additional_special_tokens") or []
         self.extra_special_tokens = [content(token) for token in extra]
-        tokens = [] if self.normalizes is not None else read.in_file
-        tokens = tokens + [token._replace(special=token.special or token.content in self._named.values())
-                           for token in read.listed]
-        listed = {token.content for token in tokens}
+        in_file = [] if self.normalizes is not None else read.in_file
+        tokens = [token._replace(special=token.special or token.content in self._named.values())
+                  for token in read.listed]
+        listed = {token.content for token in in_file + tokens}
         for token in [*named.values(), *extra]:
             if token is not None and content(token) not in listed:
                 listed.add(content(token))
                 special = content(token) in self._named.values() or (
                     isinstance(token, str) and token in self.extra_special_tokens)
                 tokens.append(as_added_token(token, special))
-        for token in tokens:
-            self._add(token)
+        self._add(in_file)
+        self._add(tokens)
         for token in read.in_file + read.listed:
             path = read.source if token in read.in_file else read.lister
             if self._ids.get(token.content) != token.id:
@@ -604,6 +611,10 @@ class Tokenizer:
         self._raw = {text: token.id for text, token in self._added.items() if not token.normalized}
         self._normalized = {self._written(text): token.id
                             for text, token in self._added.items() if token.normalized}
+        if len(self._raw) + len(self._normalized) < len(self._added):
+            twins = [text for text in self._added if self._written(text) != text]
+            raise wrong(self._source, f"added token {shown(twins[0])}",
+                        "is the same as another one in normalized text")
         self._cut_raw, self._cut_normalized = matcher(self._raw), matcher(self._normalized)
 
     def _written(self, text):

@@ -13,7 +13,7 @@ names the file and the field.  Nothing is passed over.
 import json
 from typing import NamedTuple
 
-from files import fetch, plain, read_json, shown
+from files import fetch, plain, read_json, read_small, shown
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
@@ -186,7 +186,7 @@ def read_tokenizer_json(path, normalizes):
     normalizes: what transformers' class does whatever the file says, or None for the class that
     does as the file says.
     """
-    data = read_json(path)
+    data = read_json(path, unique=True)
     check(path, "", data, SECTIONS, ["model", "added_tokens"])
     model = data["model"]
     check(path, "model.", model, MODEL, ["vocab", "merges"])
@@ -210,7 +210,8 @@ def read_tokenizer_json(path, normalizes):
     if (truncation := data.get("truncation")) is not None:
         check(path, "truncation.", truncation, TRUNCATION, TRUNCATION)
         settings["truncation_side"] = truncation["direction"].lower()
-    added = [added_token(path, f"added_tokens[{i}].", entry, {"id": ID, **ADDED}, ["id", "content"])
+    needed = ["id", *ADDED] if normalizes is None else ["id", "content"]     # `tokenizers` needs all
+    added = [added_token(path, f"added_tokens[{i}].", entry, {"id": ID, **ADDED}, needed)
              for i, entry in enumerate(data["added_tokens"])]
     return model["vocab"], read_pairs(path, model["merges"]), nfc, added, settings
 
@@ -238,14 +239,14 @@ def added_token(path, prefix, entry, rules, required=("content",)):
 def read_merges(path):
     """The pairs of merges.txt: one merge a line, earliest first, after a "#version" line."""
     try:
-        lines = path.read_bytes().decode().split("\n")
+        lines = read_small(path).decode().replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise wrong(path, f"byte {error.start}", "is not UTF-8: get the file again") from None
     pairs = []
     for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         if line.startswith("#version"):
             continue
-        pairs.append(line.removesuffix("\r").split(" "))
+        pairs.append(line.split(" "))
         if len(pairs[-1]) != 2 or not all(pairs[-1]):
             raise wrong(path, f"line {number}", f"{shown(line)} is not two tokens and a space")
     return pairs
@@ -400,8 +401,11 @@ def read_files(paths, overrides, cls):
         vocab, merges, nfc, in_file, settings = read_tokenizer_json(source, cls.normalizes)
         if cls.normalizes is not None:                 # these classes have a pad token of their own
             settings.pop("pad_token", None)
+    elif cls.normalizes is None:
+        raise ValueError(f"{paths['vocab.json'].parent}: {cls.__name__} reads tokenizer.json, which is not "
+                         "there: name GPT2Tokenizer in tokenizer_config.json, field tokenizer_class")
     else:
         source, nfc, in_file, settings = paths["vocab.json"], bool(cls.normalizes), [], {}
-        vocab, merges = read_json(source), read_merges(paths["merges.txt"])
+        vocab, merges = read_json(source, unique=True), read_merges(paths["merges.txt"])
     listed = read_listed_tokens(paths, config, in_file)
     return Read(source, vocab, merges, nfc, in_file, listed, listing_file(paths, config), settings | config)

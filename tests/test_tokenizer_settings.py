@@ -326,3 +326,49 @@ def test_an_added_token_that_normalizes_to_another_text(text, special, tmp_path)
 @pytest.mark.parametrize("field", ["auto_map", "fast_tokenizer_files", "trim_offsets"])
 def test_null_where_the_reference_takes_none(field, tmp_path):
     assert same_or_refused(write(tmp_path / "f", "neox", {"tokenizer_class": "GPTNeoXTokenizer", field: None}))
+
+
+HOLES = {token: id + 5 * (id > 257) for token, id in VOCAB.items()} | {"<|endoftext|>": END + 5}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind, config, files, equal", [
+    # `tokenizers` looks for a free id once, before the first of several tokens: it may be one with a token
+    ("neo", {"pad_token": "<pad>"}, {"vocab.json": json.dumps(HOLES)}, False),
+    ("neo", {"pad_token": "<pad>"}, {"vocab.json": json.dumps(VOCAB | {"<|endoftext|>": 2**31})}, True),
+    ("neo", {}, {"merges.txt": "h e\nl l\r"}, False),      # a line ends with "\n" or "\r\n"
+    ("neo", {}, {"merges.txt": "h e\r\nl l\r\n"}, True),
+    ("neo", {}, {"vocab.json": '{"x": NaN, ' + json.dumps(VOCAB | {"<|endoftext|>": END})[1:]}, False),
+    ("neox", {}, {"tokenizer.json": '{"version": "1.0", ' + json.dumps(tokenizer_json(True))[1:]}, False),
+    ("neo", {"tokenizer_class": "PreTrainedTokenizerFast"}, {}, False),        # has no use for vocab.json
+    ("neo", {"tokenizer_class": None}, {"config.json": '{"model_type": "gpt_neo", "tokenizer_class": ""}'}, False),
+    ("neox", {}, {"config.json": "{"}, False), ("neo", {}, {"config.json": "[]"}, False)])
+def test_odd_files(kind, config, files, equal, tmp_path):
+    folder = write(tmp_path / "f", kind, {"tokenizer_class": FAMILY[kind][1]} | config)
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode())
+    assert same_or_refused(folder) != equal
+
+
+@pytest.mark.parametrize("flag", ["special", "normalized", "single_word", "lstrip", "rstrip"])
+def test_added_tokens_without_all_their_flags(flag, tmp_path):
+    """`tokenizers` reads none."""
+    data = tokenizer_json(nfc=True)
+    del data["added_tokens"][0][flag]
+    assert same_or_refused(write(tmp_path / "f", "neox", {"tokenizer_class": "PreTrainedTokenizerFast"}, data))
+
+
+def test_two_added_tokens_that_are_one_normalized(tmp_path):
+    """Which of the two is found depends, in `tokenizers`, on the order in which they came."""
+    data = tokenizer_json(nfc=True)
+    data["added_tokens"] += [ADDED | dict(id=END + 1 + i, content=text, special=bool(i), normalized=True)
+                             for i, text in enumerate(["<e\u0301>", "<é>"])]
+    assert same_or_refused(write(tmp_path / "f", "neox", data=data))
+
+
+@pytest.mark.parametrize("kind, name", [("neox", "tokenizer.json"), ("neo", "merges.txt"), ("neo", "config.json")])
+def test_a_file_that_is_far_too_large(kind, name, tmp_path):
+    folder = write(tmp_path / "f", kind)
+    with open(folder / name, "r+b") as file:
+        file.truncate(2**40)                               # it takes no room on the disk
+    assert same_or_refused(folder)
