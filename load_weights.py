@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from files import error_line, fetch, plain, read_json, shown, write_files
+from originals import read_flax
 
 # '#' stands for the layer number, '*' for weight or bias.  None: known, and ignored on purpose.
 # The left side is what lies on EleutherAI's hub pages; a name without a rule is an error.
@@ -72,7 +73,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)      # wh
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
-                "pytorch_model.bin", "pytorch_model.bin.index.json")
+                "pytorch_model.bin", "pytorch_model.bin.index.json",
+                "flax_model.msgpack", "flax_model.msgpack.index.json")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def weight_files(name_or_folder, revision=None, use_safetensors=None, **hub):
     use_safetensors: True looks for these alone, False for .bin alone.
     """
     looked_for = [name for name in WEIGHT_FILES
-                  if use_safetensors is None or ("safetensors" in name) == use_safetensors]
+                  if use_safetensors is None or (".safetensors" if use_safetensors else ".bin") in name]
     for filename in looked_for:
         path = fetch(name_or_folder, filename, revision, required=False, **hub)
         if path is not None and filename.endswith(".index.json"):
@@ -150,7 +152,7 @@ def shards(index, name_or_folder, revision, hub):
     for name in names:
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise ValueError(f"{index} names a shard outside its folder: {shown(name)}")
-        if Path(name).suffix not in (".safetensors", ".bin"):
+        if Path(name).suffix not in (".safetensors", ".bin", ".msgpack"):
             raise ValueError(f"{index} names a shard that is neither .safetensors nor .bin: {shown(name)}")
     try:
         return [fetch(name_or_folder, name, revision, **hub) for name in names]
@@ -160,6 +162,9 @@ def shards(index, name_or_folder, revision, hub):
 
 def read_tensors(path):
     """Yield (name, tensor) of one weight file, mapped from disk rather than read where possible."""
+    if Path(path).suffix == ".msgpack":
+        yield from read_flax(path)
+        return
     if Path(path).suffix != ".safetensors":
         yield from read_bin(path).items()
         return

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 # From the bottom.
-ORDER = ["attention", "files", "tokenizer_settings", "tokenizer", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
+ORDER = ["attention", "files", "tokenizer_settings", "tokenizer", "originals", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
          "neo", "neox", "score", "training", "generate", "mistakes", "diagnose", "vectors",
          "compare", "train", "benchmarks", "benchmark"]
 # The factory Auto... imports the models when it is called.
@@ -16,7 +16,8 @@ FOLDERS = ("fast", "training", "benchmarks")
 FILES = [ROOT / f"{name}.py" for name in ORDER if name not in FOLDERS]
 FILES += [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 # What a function may import: packages that need not be installed, or are no part of every Python,
-OPTIONAL = {"triton", "flash_attn", "transformers", "tokenizers", "matplotlib", "sklearn", "gguf", "resource"}
+OPTIONAL = {"triton", "flash_attn", "transformers", "tokenizers", "matplotlib", "sklearn", "gguf", "resource",
+            "msgpack"}
 # and, by file, what would make an import of that file slow.
 LATE = {"sampling.py": {"fast.step"},                           # loads torch's compiler
         "benchmarks/backends.py": {"torch.nn.attention.flex_attention"},         # so does this
