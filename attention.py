@@ -25,6 +25,8 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ------------------------------------------------------------------------------------------------
 # The rule
@@ -288,14 +290,47 @@ def fused(q, k, v, scale, window, key_mask, dropout):
     T, S = q.size(-2), k.size(-2)
     square = T == S and (window is None or window >= S)
     everything = T == 1 and (window is None or window >= S)
-    if key_mask is None and (square or everything):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout,
-                                              is_causal=square)
-    allowed = visible(T, S, window, q.device)                               # (T, S)
-    if key_mask is not None:
-        allowed = allowed & key_mask[:, None, None, :]                      # (B, 1, T, S)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout,
-                                          attn_mask=allowed)
+    allowed = None
+    if key_mask is not None or not (square or everything):
+        allowed = visible(T, S, window, q.device)                           # (T, S)
+        if key_mask is not None:
+            allowed = allowed & key_mask[:, None, None, :]                  # (B, 1, T, S)
+    options = dict(attn_mask=allowed, is_causal=allowed is None and square, scale=scale)
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if forward_ad._current_level >= 0 and not plain:       # jvp, jacfwd, linearize
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
+    return y if plain or dropout else DerivableTwice.apply(y, options, q, k, v)
+
+
+class DerivableTwice(torch.autograd.Function):
+    """y, the result of torch's kernel, with a gradient that can be differentiated again.
+
+    The kernels' own gradients cannot.  Where somebody wants to (create_graph=True, torch.func), the
+    gradient is that of torch's plain operations, and none goes into the kernel.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, options, q, k, v):
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.options, *qkv = inputs
+        ctx.save_for_backward(*qkv)
+        ctx.dtype = output.dtype                           # under autocast not that of q, k and v
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None
+        with sdpa_kernel(SDPBackend.MATH), torch._C._DisableAutocast():
+            _, pull = torch.func.vjp(lambda *qkv: F.scaled_dot_product_attention(
+                *(x.to(ctx.dtype) for x in qkv), **ctx.options), *ctx.saved_tensors)
+            return None, None, *pull(grad)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import base
 import neo
 import neox
-from attention import KVCache
+from attention import KVCache, attention
 from fast import slices, step
 from fast.linear import WEIGHT_FIRST, Instead, few_rows
 from helpers import ours, random_case, reference, relative, widen
@@ -119,6 +119,35 @@ def test_slices_under_autocast(name, way, dtype, monkeypatch):
     assert found.dtype == expected.dtype and torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "compiled"])
+def test_fused_attention_is_the_definition_in_every_derivative(way, padded):
+    """torch's kernel has neither second derivatives nor forward mode; the default attention has both."""
+    mask = torch.tensor([[True, True, False, True, True], [True] * 5]) if padded else None
+
+    def heads(backend):
+        def function(x):                                   # (7, 5) -> (7, 5): queries, keys and values of it
+            q, k, v = (torch.stack([f(x).T, f(2 * x).T]).view(2, 5, 1, 7).transpose(1, 2) for f in (torch.sin, torch.cos, torch.tanh))
+            return attention(q, k, v, scale=0.7, window=3, backend=backend, key_mask=mask).sum(0)[0].T
+        return function
+    expected, found = WAYS[way](heads("naive")), WAYS[way](heads("sdpa"))
+    assert expected.abs().max() > 0 and torch.allclose(found, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_second_derivatives_under_autocast(family):
+    """In the forward pass alone, as is usual; and the gradient of a hook on attention's output counts once."""
+    found = []
+    for backend in ("naive", "auto"):
+        model = model_of(family, torch.float32, attn_implementation=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(IDS, labels=IDS).loss
+        weight = model.transformer.blocks[0].attn.out_proj.weight
+        slope, = torch.autograd.grad(loss, weight, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), model.transformer.embed.weight)[0])
+    assert found[0].abs().max() > 0 and relative(found[1], found[0]) < 0.1        # 0.04 measured: rounding
+
+
 # --- whole models -----------------------------------------------------------------------------------
 
 def model_of(family, dtype=torch.float64, **how):
@@ -146,13 +175,15 @@ def double_backward(model, parameters):
     return dict(zip(dict(model.named_parameters()), found))
 
 
+@pytest.mark.parametrize("backend", ["naive", "auto"])
 @pytest.mark.parametrize("way", [per_sample, curvature, double_backward], ids=lambda w: w.__name__)
 @pytest.mark.parametrize("family", CAUSAL)
-def test_derivatives_of_a_model_in_slices(family, way, monkeypatch):
+def test_derivatives_of_a_model_in_slices(family, way, backend, monkeypatch):
     model = model_of(family, attn_implementation="naive")
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     expected = way(model, parameters)
     monkeypatch.setattr(slices, "LARGE", 8)
+    model.set_attn_implementation(backend)
     found = way(model, parameters)
     for name, value in expected.items():
         assert value.abs().max() > 0 and relative(found[name], value) < 1e-10, name
@@ -168,6 +199,15 @@ def test_each_text_has_its_own_gradient(family):
         model(ids[None], labels=ids[None]).loss.backward()
         for name, p in model.named_parameters():
             assert relative(found[name][row], p.grad) < 1e-10, name
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_model_in_slices_on_the_meta_device(family, monkeypatch):
+    """Shapes without numbers, and without autocast: as people count a large model's memory."""
+    monkeypatch.setattr(slices, "LARGE", 8)
+    out = model_of(family).to("meta")(IDS.to("meta"), labels=IDS.to("meta"))
+    out.loss.backward()
+    assert out.logits.shape == (3, 9, 31) and out.loss.shape == ()
 
 
 @pytest.mark.parametrize("family", CAUSAL)
