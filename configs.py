@@ -1,12 +1,12 @@
-"""What a config.json says, in every spelling that has been written, and what each field may be.
+"""Reading, checking and writing config.json, in all spellings that official files use.
 
     Config            reading and writing, the same for both families
-    GPTNeoRules       what GPT-Neo's fields may be; GPTNeoConfig in neo.py has the fields
+    GPTNeoRules       the values that GPT-Neo's fields may have; the fields are in neo.py
     GPTNeoXRules      the same for GPT-NeoX
 
-transformers 5.23.0 decides what a file means (configuration_utils.py, configuration_gpt_neo.py,
-configuration_gpt_neox.py).  What it would refuse, or ignore although it names another model, is
-refused here with the field's name.
+A file means what it means to transformers 5.23.0 (configuration_utils.py, configuration_gpt_neo.py,
+configuration_gpt_neox.py).  Refused, with the field's name, are values that transformers refuses,
+and values that it ignores although they describe another model.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from base import ACTIVATIONS
 from files import shown
 from load_weights import read_config
 
-MOST_LAYERS = 1000                  # models of more could take minutes to build
-LARGEST_SIZE = 2**28                # so that a tensor of two such sizes still has a size in bytes
+MOST_LAYERS = 1000                  # larger models would take minutes to build
+LARGEST_SIZE = 2**28                # the bytes of a matrix with two such sizes still fit 64 bits
 
 
 class Config:
-    """A frozen dataclass of a family's settings, as model.config."""
+    """The base of both config classes, which are frozen dataclasses."""
 
     def __post_init__(self):
         self.fill_in()
@@ -32,11 +32,11 @@ class Config:
         self.check()
 
     def fill_in(self):
-        """Give fields that are None the value that this stands for."""
+        """Replace None in a field by the value that it stands for."""
 
     @classmethod
     def from_pretrained(cls, name_or_folder, revision=None, **hub):
-        """From the config.json of a checkpoint: a folder, or a hub id.
+        """Read the config.json of a checkpoint: a folder, or a hub id.
 
         hub: cache_dir, local_files_only and token, as huggingface_hub takes them.
         Raises OSError where there is no such file, and ValueError, which names the file and the
@@ -50,9 +50,9 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw):
-        """From the contents of a config.json, old or new.
+        """Make a config from the contents of a config.json, in old or new spelling.
 
-        Fields that neither transformers' model nor ours reads are ignored, as there.
+        Fields that transformers' model does not read are ignored here too.
         Raises ValueError, naming the field, for a value that is not supported.
         """
         raw = dict(raw)
@@ -64,10 +64,10 @@ class Config:
         return cls(**{k: v for k, v in raw.items() if k in cls.__dataclass_fields__})
 
     def to_dict(self):
-        """The contents of a config.json that transformers reads, 4 and 5.
+        """The contents of a config.json that transformers 4 and 5 read.
 
-        Labels are written as transformers writes them: id2label and its inverse, without
-        num_labels, and neither where the labels are the two that nobody has named.
+        Labels are written as transformers writes them: id2label and its inverse label2id instead
+        of num_labels, and none of them for the default, which is two labels without names.
         """
         fields = dataclasses.asdict(self)
         del fields["num_labels"]
@@ -81,23 +81,25 @@ class Config:
 
 
 def refuse(field, value, supported):
+    """Raise the ValueError for a field's value that is not supported."""
     raise ValueError(f"config field {field!r} is {shown(value)}; supported: {supported}")
 
 
-# Fields that transformers obeys in any config, though neither family has them: pruning, other masks
-# (masking_utils.py), caches that forget (cache_utils.py), single layers' settings, cross-attention.
+# Fields that transformers obeys in every config, although neither family uses them: pruning, other
+# masks (masking_utils.py), caches with windows (cache_utils.py), settings of single layers,
+# cross-attention.  A checkpoint that sets one of them is another model.
 ABSENT = ("pruned_heads", "per_layer_config", "sliding_window", "attention_chunk_size",
           "layer_types", "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
 
-# Fields that change what transformers' forward pass does or returns, with the values that are
-# supported: those that leave it as it is.
+# Fields that change what transformers' forward pass does or returns, with the values at which they
+# change nothing.  Only these are supported.
 USUAL = {"is_causal": (True, None), "use_cache": (True, False), "is_decoder": (True, False),
          "return_dict": (True,), "output_hidden_states": (False, None),
          "output_attentions": (False, None)}
 
 
 def refuse_other_models(raw):
-    """Raise ValueError for fields that would make another model of the same weights."""
+    """Raise ValueError for fields with which the same weights would give another model."""
     quantized = raw.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -118,13 +120,19 @@ def refuse_other_models(raw):
 # ------------------------------------------------------------------------------------------------
 
 class GPTNeoRules(Config):
+    """What GPT-Neo's fields may be, and their other spellings."""
+
     SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads",
              "intermediate_size", "window_size")
     DROPOUTS = ("resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout")
 
     @staticmethod
     def respelled(raw):
-        """num_hidden_layers and num_attention_heads are other names; layers may be written out."""
+        """Rename num_hidden_layers and num_attention_heads; read attention_layers if it is given.
+
+        attention_layers is the list of all layers that attention_types abbreviates.
+        Raises ValueError where two spellings of one setting contradict each other.
+        """
         aliases = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
         for name, alias in aliases.items():
             if alias in raw:
@@ -154,7 +162,7 @@ class GPTNeoRules(Config):
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
 
     def check(self):
-        """Raise ValueError, naming the field, for settings that fit no model."""
+        """Raise ValueError, naming the field, for values that contradict each other."""
         if self.hidden_size % self.num_heads:
             raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple "
                              f"of 'num_heads' ({self.num_heads})")
@@ -194,18 +202,20 @@ def expanded(attention_types):
 # ------------------------------------------------------------------------------------------------
 
 class GPTNeoXRules(Config):
+    """What GPT-NeoX's fields may be, and their other spellings."""
+
     SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers",
              "num_attention_heads", "intermediate_size")
     DROPOUTS = ("attention_dropout", "hidden_dropout", "classifier_dropout")
 
     @staticmethod
     def respelled(raw):
-        """The rotation in three spellings, as configuration_gpt_neox.py reads them.
+        """Read the rotation in its three spellings, as configuration_gpt_neox.py does.
 
-        transformers 5 writes a dict rope_parameters, and reads a dict rope_scaling in its place
-        where there is one.  What the dict lacks is read from rotary_emb_base and rotary_pct.  4.57
-        wrote the same two values as rope_theta and partial_rotary_factor once more; transformers 5
-        ignores these, so other values in them are refused.
+        transformers 5 writes a dict rope_parameters; if there is a dict rope_scaling, it reads that
+        one instead.  What the dict does not have is read from rotary_emb_base and rotary_pct.
+        transformers 4.57 also wrote the two values as rope_theta and partial_rotary_factor;
+        transformers 5 ignores these, so they are refused if they have other values.
         """
         for name in ("rope_scaling", "rope_parameters"):
             if raw.get(name) is not None and not isinstance(raw[name], dict):
@@ -228,7 +238,7 @@ class GPTNeoXRules(Config):
         return raw
 
     def check(self):
-        """Raise ValueError, naming the field, for settings that fit no model."""
+        """Raise ValueError, naming the field, for values that contradict each other."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"config field 'hidden_size' ({self.hidden_size}) must be a multiple "
                              f"of 'num_attention_heads' ({self.num_attention_heads})")
@@ -245,7 +255,7 @@ class GPTNeoXRules(Config):
 
 
 def head_width(raw):
-    """hidden_size / num_attention_heads where both are whole numbers, else None."""
+    """hidden_size // num_attention_heads where both are integers, else None."""
     C, H = raw.get("hidden_size"), raw.get("num_attention_heads")
     return C // H if type(C) is int and type(H) is int and H > 0 else None
 
@@ -255,15 +265,15 @@ def head_width(raw):
 # ------------------------------------------------------------------------------------------------
 
 def check_fields(config):
-    """Raise ValueError, naming the field, where a config's value is not of its annotated type."""
+    """Raise ValueError, naming the field, for a value of the wrong type or out of range."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = [typing.get_origin(kind) or kind for kind in kinds]
         if float in kinds and not field.name.startswith(("layer_norm", "initializer")):
-            kinds.append(int)                   # where transformers takes integers as well
-        if type(value) not in kinds:                       # so that True is no int
+            kinds.append(int)                   # here transformers accepts integers too
+        if type(value) not in kinds:                       # not isinstance: True is no int here
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise ValueError(f"config field {field.name!r} must be {names}, got {shown(value)}")
         most = MOST_LAYERS if field.name in ("num_layers", "num_hidden_layers") else LARGEST_SIZE
@@ -282,16 +292,16 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 
 def unnamed(count):
-    """id2label where nobody has named the labels: LABEL_0, LABEL_1, ..."""
+    """id2label of labels without names: LABEL_0, LABEL_1, ..."""
     return {i: f"LABEL_{i}" for i in range(count)}
 
 
 def settle_labels(config):
-    """Set num_labels to the length of id2label, or to 2 where neither is given.
+    """Set num_labels and id2label from each other, as transformers does.
 
-    Labels without names get the names that transformers gives them.
-
-    JSON has made strings of id2label's ids.  Raises ValueError where the two contradict each other.
+    num_labels is the length of id2label, or 2 where neither is given; labels without names get
+    LABEL_0, LABEL_1, ...  In JSON the ids of id2label are strings; here they become integers.
+    Raises ValueError where num_labels and id2label contradict each other.
     """
     names, count = config.id2label, config.num_labels
     if names is not None:

@@ -2,8 +2,8 @@
 
     fetch          the path of one file, in a folder or from the Hugging Face hub
     read_json      the object in a JSON file
-    write_files    several files that belong together: all of them, or none
-    shown, plain   what stands in a file, made fit for an error message
+    write_files    write several files that belong together: all of them, or none
+    shown, plain   a value or a name from a file, made printable for an error message
 """
 
 import contextlib
@@ -23,14 +23,14 @@ except ImportError:                                        # Windows has no such
 
 
 # ------------------------------------------------------------------------------------------------
-# What is shown of a file's contents
+# Contents of files in error messages
 # ------------------------------------------------------------------------------------------------
 
 def plain(text, limit=80):
-    """One printable line of at most `limit` characters, whatever the text holds.
+    """The text as one printable line of at most `limit` characters.
 
-    A file from the network may have names with line breaks or with sequences that move a terminal's
-    cursor; they are shown escaped, as \\n or \\x1b.
+    A file from the network may contain line breaks, or escape sequences that move a terminal's
+    cursor; they are shown as \\n or \\x1b.
     """
     text = str(text)
     if len(text) > limit:
@@ -101,11 +101,12 @@ def without_repeats(pairs):
 
 def fetch(name_or_folder, filename, revision=None, required=True, *, cache_dir=None,
           local_files_only=False, token=None):
-    """Path of one file of a checkpoint: in a folder of that name, else from the hub (and its cache).
+    """Path of one file of a checkpoint: in a folder of that name, otherwise from the hub.
 
-    cache_dir, local_files_only and token mean what they mean to huggingface_hub, and nothing for a folder.
-    Returns None where the file is not there and not required.  Raises FileNotFoundError or
-    ConnectionError with one line that says what was looked for, where, and what to do.
+    cache_dir, local_files_only and token are passed to huggingface_hub; a folder ignores them.
+    Returns None where the file is not there and not required.  Raises FileNotFoundError,
+    NotADirectoryError or ConnectionError, with one line that says what was looked for, where, and
+    what to do, and ValueError for a revision of a folder.
     """
     folder, name = Path(name_or_folder), str(name_or_folder)
     if folder.is_dir():
@@ -130,15 +131,16 @@ def fetch(name_or_folder, filename, revision=None, required=True, *, cache_dir=N
 
 
 def fetch_from_hub(repo, filename, revision, required, how):
-    """The same for a hub id; downloads show their progress and are kept in the hub's own cache.
+    """The same for a hub id.  Files are downloaded into the hub's own cache, with a progress bar.
 
-    config.json is read before the others, and asking for it notes which commit a branch is at now.
-    What the cache knows of that commit (this file, or that there is none) is not asked again: one
-    model comes from one commit, and without a network nothing waits for an answer twice.
+    config.json is always asked for first, and the answer tells the cache which commit the branch is
+    at now.  For the other files the cache is looked up first: it may have the file of that commit,
+    or the note that there is none.  So all files of a model are from one commit, and without a
+    network only the first request has to wait.
     """
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # slow to import
     from huggingface_hub.utils import logging
-    logging.set_verbosity_error()                          # it retries by itself; we say how it ended
+    logging.set_verbosity_error()                          # no warnings of its retries
 
     where = f"{repo} (revision {revision})" if revision else repo
     try:
@@ -146,7 +148,7 @@ def fetch_from_hub(repo, filename, revision, required, how):
             repo, filename, cache_dir=how["cache_dir"], revision=revision)
         if isinstance(known, str):
             return Path(known)
-        if known and not required:                         # the cache's mark for "not in this commit"
+        if known and not required:                         # the cache notes: not in this commit
             return None
         return Path(hf_hub_download(repo, filename, revision=revision, **how))
     except errors.GatedRepoError:
@@ -158,11 +160,7 @@ def fetch_from_hub(repo, filename, revision, required, how):
     except errors.LocalEntryNotFoundError as error:        # before EntryNotFoundError, its parent
         if not required:
             return None
-        why = ("local_files_only forbids asking the hub" if how["local_files_only"]
-               else "the hub cannot be reached")
-        raise ConnectionError(f"no folder {repo} here, {filename} is not in the hub's cache, and {why}: "
-                              f"give a local folder, or try again with a network "
-                              f"({type(error.__cause__ or error).__name__})") from None
+        raise ConnectionError(offline_problem(repo, filename, how, error)) from None
     except errors.EntryNotFoundError:
         if not required:
             return None
@@ -172,8 +170,16 @@ def fetch_from_hub(repo, filename, revision, required, how):
     raise FileNotFoundError(problem)
 
 
+def offline_problem(repo, filename, how, error):
+    """The message for a file that is not in the cache when the hub cannot be asked."""
+    why = ("local_files_only forbids asking the hub" if how["local_files_only"]
+           else "the hub cannot be reached")
+    return (f"no folder {repo} here, {filename} is not in the hub's cache, and {why}: give a local "
+            f"folder, or try again with a network ({type(error.__cause__ or error).__name__})")
+
+
 def download_problem(where, filename, error):
-    """One line on a download that failed, with the advice that helps."""
+    """The message for a download that failed: what failed, and what to do about it."""
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
                                                       errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
         return (f"{filename} of {where} cannot be stored in the hub's cache ({error_line(error)}): free some "
@@ -189,57 +195,76 @@ def download_problem(where, filename, error):
 def write_files(folder, files):
     """Write files that belong together into a folder: afterwards all are new, or all are as before.
 
-    files: {name: bytes, or a function that writes the file at the path it is given}.  The last one must be
-    a file without which nobody reads the folder, as config.json: it is taken away first and put back last,
-    so that a process that is killed between leaves a folder that is refused and not a mixture.
+    files: {name: bytes, or a function that writes the file at the path it is given}.  The last one
+    must be a file without which no program reads the folder, such as config.json.
 
-    Everything is written beside its place under a temporary name first, and renamed when all is whole; the
-    folder that weights are mapped from may be the target.  What killed processes have left is removed.  A
-    second save into the same folder waits for the first.  Raises OSError as the file system does.
+    Each file is first written in the folder under a temporary name, and renamed when all of them are
+    complete; so the folder may be the one that the weights are mapped from.  Temporary files that
+    killed processes have left are removed.  A second save into the same folder waits for the first.
+    Raises OSError as the file system does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         remove_leftovers(folder, files)
-        parts, undo = {}, []
+        parts = {}
         try:
             for name, content in files.items():
                 parts[name] = temporary(folder, name, "part")
-                parts[name].write_bytes(content) if isinstance(content, bytes) else content(parts[name])
-                parts[name].chmod(0o666 & ~current_umask())    # temporary files are their owner's alone
-            *others, last = files
-            if not others:                                 # one file: a single rename decides
-                os.replace(parts[last], folder / last)
-                return
-            for name in [last, *others]:
-                if os.path.lexists(folder / name):
-                    aside = temporary(folder, name, "old")
-                    undo.append((aside, folder / name))
-                    os.replace(folder / name, aside)
-            for name in [*others, last]:
-                undo.append((None, folder / name))
-                os.replace(parts[name], folder / name)
-        except BaseException:
-            for aside, place in reversed(undo):
-                if aside is None:
-                    place.unlink(missing_ok=True)
-                elif not os.path.lexists(place):
-                    os.replace(aside, place)
-            raise
+                if isinstance(content, bytes):
+                    parts[name].write_bytes(content)
+                else:
+                    content(parts[name])
+                parts[name].chmod(0o666 & ~current_umask())    # mkstemp lets only the owner read
+            put_in_place(folder, parts)
         finally:
-            for path in [*parts.values(), *(aside for aside, _ in undo if aside)]:
+            for path in parts.values():
                 path.unlink(missing_ok=True)
 
 
+def put_in_place(folder, parts):
+    """Rename complete files, {name: temporary path}, to their names: all of them, or none.
+
+    The old file of the last name is moved away first, and the new one put in its place last: if the
+    process is killed in between, the folder lacks this file and is refused, and nobody reads a
+    mixture of old and new files.
+    """
+    *others, last = parts
+    if not others:                                         # one file: one rename, which is atomic
+        os.replace(parts[last], folder / last)
+        return
+    undo = []                                              # (where the old file is now, its place)
+    try:
+        for name in [last, *others]:
+            if os.path.lexists(folder / name):
+                aside = temporary(folder, name, "old")
+                undo.append((aside, folder / name))
+                os.replace(folder / name, aside)
+        for name in [*others, last]:
+            undo.append((None, folder / name))
+            os.replace(parts[name], folder / name)
+    except BaseException:
+        for aside, place in reversed(undo):
+            if aside is None:
+                place.unlink(missing_ok=True)
+            elif not os.path.lexists(place):
+                os.replace(aside, place)
+        raise
+    finally:
+        for aside, _ in undo:
+            if aside:
+                aside.unlink(missing_ok=True)
+
+
 def temporary(folder, name, kind):
-    """A new empty file .NAME.random.KIND, never one that is there already."""
+    """The path of a new empty file .NAME.random.KIND in the folder."""
     handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=f".{kind}")
     os.close(handle)
     return Path(path)
 
 
 def remove_leftovers(folder, names):
-    """Remove temporary files of saves that were killed; a living save holds the lock."""
+    """Remove the temporary files of saves that were killed.  Call it while holding the lock."""
     for name in names:
         ours = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.(part|old)|{re.escape(name)}\.\d+\.part")
         for path in folder.iterdir():
@@ -255,7 +280,7 @@ def current_umask():
 
 @contextlib.contextmanager
 def locked(folder):
-    """Wait until no other save into this folder is under way."""
+    """Hold the folder's lock: wait until no other process saves into this folder."""
     if fcntl is None:
         yield
         return
@@ -264,4 +289,4 @@ def locked(folder):
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)                                   # which gives the lock back
+        os.close(handle)                                   # this releases the lock

@@ -1,7 +1,8 @@
-"""A linear layer for one new token, and how it takes the place of torch's.
+"""A faster matrix product for one new token, and how a layer is made to use it.
 
-Layers are always called, never read: only the product inside them is another.  So hooks, wrappers,
-subclasses, parametrizations and quantized layers do what they always do.
+Layers are called as always and their weights are never read; only the function that they call,
+F.linear, is replaced.  So hooks, wrappers, subclasses, parametrizations and quantized layers work
+as usual.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Instead(TorchFunctionMode):
-    """Within it other functions take the place of torch's: `with Instead({F.linear: mine}): ...`"""
+    """A context in which functions of torch are replaced: `with Instead({F.linear: mine}): ...`"""
 
     def __init__(self, table):
         super().__init__()
@@ -22,26 +23,28 @@ class Instead(TorchFunctionMode):
 
 
 def few_rows(x, weight, bias=None):
-    """Linear layer for x (N, K), N <= 16, float32 on a CPU: weight xᵀ instead of x weightᵀ.
+    """F.linear for x (N, K), N <= 16, float32 on a CPU: weight xᵀ instead of x weightᵀ.
 
-    BLAS shares a product among the cores by rows of its first factor.  With the weight there, each core
-    reads its own part of it; the other way round, or for a single column, one core reads it all (hence the
-    one row twice).  `benchmark.py ceilings` measures both.
+    BLAS divides a product among the cores by rows of its first factor.  If that is the weight, each
+    core reads its own part of it; if it is x, one core reads the whole weight.  One core also reads
+    it all if x has a single row, so that row is computed twice.  `benchmark.py ceilings` measures
+    both orders.  weight (M, K), bias (M,) -> (N, M)
     """
     columns = x.T if x.size(0) > 1 else torch.cat([x, x]).T
-    y = (weight @ columns)[:, :x.size(0)].T.contiguous()                   # (N, rows of weight)
+    y = (weight @ columns)[:, :x.size(0)].T.contiguous()                   # (N, M)
     return y if bias is None else y + bias
 
 
 def is_few(x):
-    """Is x (B, 1, K) what few_rows is for?  No gradient, no autocast, nothing that traces."""
+    """Can few_rows take x?  It needs (B, 1, K), B <= 16, float32 on a CPU, and no gradient,
+    autocast or tracing."""
     return (x.dim() == 3 and x.size(1) == 1 and x.size(0) <= 16 and x.dtype == torch.float32
             and x.device.type == "cpu" and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())
 
 
 def weight_first(x, weight, bias=None):
-    """F.linear, by few_rows where x and a plain weight are what it is for."""
+    """F.linear; by few_rows where it can take x, and the weight is a plain tensor of x's dtype."""
     plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype == x.dtype
     if plain and is_few(x):
         return few_rows(x[:, 0], weight, bias)[:, None]

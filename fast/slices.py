@@ -1,4 +1,4 @@
-"""A function of rows, computed a slice of rows at a time."""
+"""A function that treats each row by itself, computed for a few rows at a time."""
 
 import functools
 
@@ -11,9 +11,9 @@ def in_slices(numbers, on=None):
     """Decorator: compute function(x, *others) a slice of rows at a time where x is large.
 
     x (..., C) and what the function returns have the same leading dimensions; each of `others` has
-    one row for each row of x.  Every row must be computed by itself, so the result has the same
-    bits as the whole.  numbers: about how many of x make a slice.  on: only for tensors on this
-    type of device.  torch.compile and torch.export get the function itself.
+    one row for each row of x.  The function must compute every row by itself; then the result has
+    the same bits as without slices.  numbers: about how many numbers of x make a slice.  on: slice
+    only tensors on this type of device.  torch.compile and torch.export use the function itself.
     """
     def decorate(function):
         @functools.wraps(function)
@@ -31,19 +31,19 @@ def in_slices(numbers, on=None):
 
 
 class InSlices(torch.autograd.Function):
-    """function(x, *others) in slices of so many rows, forward and backward; only x gets a gradient.
+    """function(x, *others) in slices of `rows` rows, forward and backward; only x gets a gradient.
 
-    The backward pass computes each slice once more, so nothing between the function's steps is
-    kept.  Where somebody wants to differentiate the gradient again, it is that of the whole.
+    The backward pass computes each slice again, so no intermediate result is kept.  If the gradient
+    itself is to be differentiated, it is computed without slices.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(function, rows, x, *others):
-        found = [function(*parts) for parts in zip(*(t.split(rows) for t in (x, *others)))]
-        with torch.autocast(x.device.type, enabled=False):     # under it, cat refuses some dtypes
-            return torch.cat(found)
+        results = [function(*parts) for parts in zip(*(t.split(rows) for t in (x, *others)))]
+        with torch.autocast(x.device.type, enabled=False):     # autocast: cat refuses some dtypes
+            return torch.cat(results)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -60,7 +60,7 @@ class InSlices(torch.autograd.Function):
         if torch.is_grad_enabled():                            # create_graph, torch.func
             _, pull = torch.func.vjp(whole(ctx, others), x)
             return None, None, *pull(grad), *(None for _ in others)
-        dx = (x[:0] * grad[:0]).new_empty(x.shape)             # batched where one of the two is
+        dx = (x[:0] * grad[:0]).new_empty(x.shape)             # under vmap: batched if x or grad is
         for target, g, part, *rest in zip(*(t.split(ctx.rows) for t in (dx, grad, x, *others))):
             with torch.enable_grad(), ctx.autocast:
                 part = part.detach().requires_grad_()
@@ -70,7 +70,11 @@ class InSlices(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, _function, _rows, tangent, *_others):
-        """Forward mode by two backward passes: the pullback is linear, and its own is the answer."""
+        """The forward-mode derivative, from two backward passes.
+
+        The first gives pull, the product of a vector with the Jacobian.  It is linear, and the
+        second, through pull, gives the product of the Jacobian with the tangent.
+        """
         x, *others = ctx.saved_tensors
         y, pull = torch.func.vjp(whole(ctx, others), x)
         _, push = torch.func.vjp(lambda grad: pull(grad)[0], torch.zeros_like(y))
@@ -78,7 +82,7 @@ class InSlices(torch.autograd.Function):
 
 
 def whole(ctx, others):
-    """The function of x alone, under the autocast of the forward pass."""
+    """The unsliced function of x alone, under the autocast of the forward pass."""
     def function(x):
         with ctx.autocast:
             return ctx.function(x, *others)

@@ -1,23 +1,23 @@
-"""One token at a time, compiled: the step of generation near the memory's speed.
+"""The compiled decode step: one new token, at nearly the speed of reading the weights from memory.
 
     model.generate(ids, compile=True)            python generate.py --compile "HAMLET."
 
     B  rows · H  heads · D  width of one head · S  keys in view · C  width · V  vocabulary
 
-What is compiled is the model's own: each Block of neo.py or neox.py and the output head, with
-whatever hooks, wrappers and other layers they have.  A step reads every weight once and computes
-next to nothing, so its floor is bytes over bandwidth.  Two of torch's functions keep a CPU from
-it, and within a compiled part each has another form in its place:
+The parts that are compiled are the model's own: each Block of neo.py or neox.py, and the output
+head, with their hooks, wrappers and replaced layers.  A step reads every weight once and computes
+little, so it cannot take less time than the bytes of the weights divided by the bandwidth of the
+memory.  On a CPU two functions of torch take much longer, and the compiled parts use others:
 
-    one_row     F.linear as multiply and sum.  Compiled, it streams the matrix twice as fast as
-                torch's linear does for one row in float32, and half again as fast in bfloat16
+    one_row     F.linear as multiply and sum.  Compiled, it reads the matrix twice as fast as
+                torch's linear does for one row in float32, and 1.5 times as fast in bfloat16
                 (benchmark.py ceilings; fast/linear.py has the form without a compiler).
     one_query   F.scaled_dot_product_attention as two such sums with a softmax between them.
 
-torch.compile turns each block into a few loops; `whole` keeps it from folding the LayerNorm before
-a matrix into the loop over the matrix, where it would be computed again for every row.  Blocks that
-are alike share what is compiled: lengths are dynamic, and the cache is a KVCache, whose slots never
-move, so there is one compilation for a cache partly and one for a cache wholly filled.
+torch.compile turns each block into a few loops.  `whole` prevents it from merging the LayerNorm
+before a matrix into the loop over the rows of the matrix, where it would be computed again for
+every row.  Blocks of the same kind share a compilation.  Lengths are dynamic, and the slots of a
+KVCache never move, so there is one compilation for a partly and one for a completely filled cache.
 """
 
 import os
@@ -30,16 +30,16 @@ from attention import at_least_float32
 from fast.linear import Instead, few_rows
 
 # ------------------------------------------------------------------------------------------------
-# The two forms
+# The two functions
 # ------------------------------------------------------------------------------------------------
 
 def whole(x):
-    """x itself; to the compiler a tensor that has to be finished before anyone reads it."""
+    """x itself, as a tensor that the compiler has to finish before it is read."""
     return x.as_strided(x.shape, x.stride())
 
 
 def one_row(x, weight, bias=None):
-    """F.linear for x (..., K) -> (..., N).  For more rows than one a matrix product of torch's wins."""
+    """F.linear: x (..., K) -> (..., N).  For more than one row torch's matrix product is faster."""
     rows, K = x.numel() // x.size(-1), x.size(-1)
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
@@ -66,13 +66,17 @@ FORMS = {F.linear: one_row, F.scaled_dot_product_attention: one_query}
 
 
 class Slots:
-    """One layer of a KVCache for one new token: the slot to write (1,), and which are seen (B, S)."""
+    """One layer of a KVCache for one new token.
+
+    keys, values (B, H, slots, D); slot (1,) is where the token is written; seen (B, S) bool, the
+    mask of the slots that it reads.
+    """
 
     def __init__(self, keys, values, slot, seen):
         self.keys, self.values, self.slot, self.seen = keys, values, slot, seen
 
     def append(self, layer, k, v, key_mask):
-        """KVCache.append for k, v (B, H, 1, D); how many are seen may differ without compiling anew."""
+        """KVCache.append for k, v (B, H, 1, D); another S needs no new compilation."""
         self.keys.index_copy_(2, self.slot, k.to(self.keys.dtype))
         self.values.index_copy_(2, self.slot, v.to(self.values.dtype))
         S = self.seen.size(1)
@@ -91,7 +95,7 @@ def head_forms(head, x):
 
 compiled_block, compiled_head = (torch.compile(f, fullgraph=True)          # all of it, or an error
                                  for f in (block_forms, head_forms))
-# torch.compile overlooks hooks that come later, unless it is told to look for them at every call.
+# By default torch.compile ignores hooks that are added after the compilation.
 LOOK_FOR_HOOKS = {"skip_nnmodule_hook_guards": False}
 
 
@@ -100,18 +104,18 @@ LOOK_FOR_HOOKS = {"skip_nnmodule_hook_guards": False}
 # ------------------------------------------------------------------------------------------------
 
 class Step:
-    """What model(new, mask, position_ids, cache=cache).logits[:, -1] is for one new token a row.
+    """Computes model(new, mask, position_ids, cache=cache).logits[:, -1] for one new token a row.
 
-    Made once for each text; what is compiled is kept for the whole process, and on disk by torch.
-    Raises RuntimeError where there is no C++ compiler for a model on a CPU, where dropout is on,
-    and, at the first token, where the compiler cannot take a part of the model.
+    Make one for each text; the compiled code is kept for the whole process, and on disk by torch.
+    Raises RuntimeError if a model on a CPU finds no C++ compiler, if dropout is on, and, at the
+    first token, if torch.compile does not support a part of the model.
     """
 
     def __init__(self, model, cache):
         check_compiler(model.device)
         check_dropout(model)
-        # Another model, dtype or batch is another compilation.  At torch's limit of 8 the ninth would
-        # silently run uncompiled, slower than torch's own kernels and less exact.
+        # Every other model, dtype or batch size is compiled anew.  torch's limit is 8; the ninth
+        # would silently run uncompiled, slower than torch's own kernels and less exact.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.model, self.cache = model, cache
         self.layers = {block: i for i, block in enumerate(model.transformer.blocks)}
@@ -135,24 +139,24 @@ class Step:
             del self.model.run, self.model.transformer.run
 
     def run_block(self, block, x, *, cache, key_mask, backend, return_weights, **how):
-        """What transformer.run does, by the compiled block."""
+        """In place of PreTrainedModel.run: the same with the compiled block."""
         layer = self.layers[block]
         keys, values = cache.keys[layer], cache.values[layer]
         n = keys.size(2)
         if n not in self.places:
             self.places[n] = self.place(n, key_mask)
-        for slots in (keys, values):                       # one compilation for caches of any length
+        for slots in (keys, values):                       # one compilation for any cache length
             torch._dynamo.maybe_mark_dynamic(slots, 2)
         return compiled_block(block, x, (keys, values, *self.places[n]), {**how, "backend": "sdpa"})
 
     def place(self, slots, key_mask):
-        """For a layer with so many slots: the one to write (1,), and which of them are seen (B, S)."""
+        """For a layer with so many slots: the slot to write (1,), and the mask `seen` (B, S)."""
         past = self.cache.length
         S = min(past + 1, slots)
         slot = torch.tensor([past % slots], device=self.everything.device)
         if key_mask is None:
             seen = self.everything[:, :S]
-        else:                                              # mask columns, newest last, in slot order
+        else:                                              # the newest S columns, in order of slots
             seen = key_mask[:, -S:]
             seen = seen if past < slots else seen.roll((past + 1) % slots, dims=1)
         seen = seen.contiguous()
@@ -161,7 +165,7 @@ class Step:
 
 
 def check_dropout(model):
-    """Raise RuntimeError if dropout is on: compiled, it would draw other numbers than uncompiled."""
+    """Raise RuntimeError if dropout is on: compiled code would draw other random numbers."""
     rates = [getattr(module, name, 0.0) for module in model.modules() if module.training
              for name in ("p", "attention_dropout")]
     if any(isinstance(rate, float) and rate > 0 for rate in rates):
