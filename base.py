@@ -22,6 +22,7 @@ from attention import at_least_float32, choose_backend
 from fast.linear import WEIGHT_FIRST, Instead, is_few
 from fast.slices import in_slices
 from load_weights import load_pretrained, save_pretrained
+from quantize import QuantizedLinear, kind_of
 
 # ------------------------------------------------------------------------------------------------
 # Activations: four names for two functions, whose roundings differ
@@ -256,11 +257,12 @@ class PreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None,
-                        device=None, attn_implementation="auto", **changes):
+                        device=None, attn_implementation="auto", weights=None, **changes):
         """Load an official checkpoint from a folder or, if there is none of that name, the hub.
 
         torch_dtype (or dtype, its newer name): a torch dtype or its name; None means float32, and
         "auto" the checkpoint's own dtype.  attn_implementation: see attention.choose_backend.
+        weights: "int8" or "int4" rounds the matrices to integers while loading (quantize.py).
         changes: fields of the config to set, such as num_labels=3 or pad_token_id=0.  transformers'
         cache_dir, local_files_only, token and use_safetensors have the same meaning here; its other
         arguments are accepted at their usual values (load_weights.LOADING) and refused otherwise.
@@ -271,11 +273,12 @@ class PreTrainedModel(nn.Module):
         """
         return load_pretrained(cls, name_or_folder, revision=revision, torch_dtype=torch_dtype,
                                dtype=dtype, device=device, attn_implementation=attn_implementation,
-                               changes=changes)
+                               weights=weights, changes=changes)
 
     def save_pretrained(self, folder):
         """Write config.json, generation_config.json and model.safetensors, which transformers reads.
 
+        The integers of a quantized model go into another file, which only this project reads.
         Raises OSError if the folder cannot be written; then the files in it are as before.
         """
         save_pretrained(self, folder)
@@ -352,13 +355,16 @@ class PreTrainedModel(nn.Module):
         New rows of the embedding, and of an untied output head, are the mean of the old rows, so
         that no new token is more likely than the others (transformers adds noise of 1e-9 of the
         variance); with fewer ids the last rows are removed.  config.vocab_size is changed as well.
-        Raises ValueError for a size below 1.
+        Raises ValueError for a size below 1, and if the output head is quantized.
         """
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         size += -size % (pad_to_multiple_of or 1)
         if size < 1:
             raise ValueError(f"the vocabulary must have at least 1 token, got {size}")
         embed, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if isinstance(head, QuantizedLinear):
+            raise ValueError("the output head is quantized, so it cannot get other rows: resize the "
+                             "model that was loaded without weights=, save it, and quantize that")
         tied = head is not None and head.weight is embed.weight
         resize_rows(embed, "weight", size)
         embed.num_embeddings = size
@@ -384,9 +390,17 @@ class PreTrainedModel(nn.Module):
     def dtype(self):
         return next(self.parameters()).dtype
 
+    @property
+    def weights(self):
+        """"int8" or "int4" for a quantized model, else None."""
+        return kind_of(self)
+
     def num_parameters(self):
-        """Number of parameters; a tied head is not counted again."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of parameters, before quantization; a tied head is not counted again."""
+        quantized = sum(layer.in_features * layer.out_features for name, layer in self.named_modules()
+                        if isinstance(layer, QuantizedLinear)
+                        and not (name == "lm_head" and self.config.tie_word_embeddings))
+        return quantized + sum(p.numel() for p in self.parameters())
 
     def init_weights(self, part=None):
         """Draw matrices from N(0, initializer_range²) and set biases to 0, as transformers does.

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+import quantize
 from files import error_line, fetch, plain, read_json, shown, write_files
 from originals import read_flax
 
@@ -86,6 +87,10 @@ def translate(name, rules):
 
     Returns None for a name to ignore; raises KeyError where no rule fits.
     """
+    stem, _, part = name.rpartition(".")
+    if part in quantize.PARTS:                             # the three that a quantized matrix is made of
+        other = translate(f"{stem}.weight", rules)
+        return other and other.removesuffix("weight") + part
     layer = re.search(r"\.(\d+)\.", name)
     pattern = name.replace(layer[0], ".#.", 1) if layer else name
     stem, _, tail = pattern.rpartition(".")
@@ -160,8 +165,11 @@ def shards(index, name_or_folder, revision, hub):
         raise FileNotFoundError(f"{index} names a shard that is missing: {error_line(error)}") from None
 
 
-def read_tensors(path):
-    """Yield (name, tensor) of one weight file, mapped from disk rather than read where possible."""
+def read_tensors(path, apart=False):
+    """Yield (name, tensor) of one weight file, mapped from disk rather than read where possible.
+
+    apart: map each tensor by itself, so that what was read of it leaves the memory with it.
+    """
     if Path(path).suffix == ".msgpack":
         yield from read_flax(path)
         return
@@ -171,8 +179,15 @@ def read_tensors(path):
     name = None
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
+            names = file.keys()
+            if not apart:
+                for name in names:
+                    yield name, file.get_tensor(name)
+        for name in names if apart else ():
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+            yield name, tensor
+            del tensor
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error_line(error)}): "
                          "get it again") from None
@@ -261,7 +276,7 @@ def oddity(tensor):
 # ------------------------------------------------------------------------------------------------
 
 def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None, device=None,
-                    attn_implementation="auto", raw=None, changes=None):
+                    attn_implementation="auto", weights=None, raw=None, changes=None):
     """What every model's from_pretrained does; see base.PreTrainedModel.
 
     raw: the contents of config.json where they have been read.  changes: the reference's other arguments
@@ -270,6 +285,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     changes = dict(changes or {})
     hub, use_safetensors, device = loading_options(changes, device)
     raw = with_changes(read_config(name_or_folder, revision, **hub) if raw is None else raw, changes, cls)
+    weights, stored, raw = quantize.what_to_load(raw, weights)
     family = cls.config_class.model_type
     if raw["model_type"] != family:
         raise ValueError(f"{name_or_folder} is a {raw['model_type']} checkpoint, {cls.__name__} loads "
@@ -280,13 +296,16 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
         raise ValueError(f"{name_or_folder}/config.json: {error}") from None
     dtype = choose_dtype(torch_dtype, dtype, raw)
     generation_config, where = read_generation_config(name_or_folder, revision, raw, cls, hub)
+    if stored:
+        paths = [fetch(name_or_folder, quantize.FILE, revision, **hub)]
+    else:
+        paths = weight_files(name_or_folder, revision, use_safetensors, **hub)
     with torch.device("meta"), NoInit():
         model = cls(config, attn_implementation)
 
-    paths = weight_files(name_or_folder, revision, use_safetensors, **hub)
-    state = read_state(name_or_folder, paths, model, NAMES[family], dtype, device)
+    state = read_state(name_or_folder, paths, model, NAMES[family], dtype, device, weights, stored)
     model.load_state_dict(state, strict=True, assign=True)
-    if hasattr(model, "tie_weights"):
+    if hasattr(model, "tie_weights") and not weights:      # integers are the head's own
         model.tie_weights()
     model.generation_config.update(generation_config)
     vars(model.generation_config)["file"] = where
@@ -309,8 +328,8 @@ LOADING = {
     "code_revision": (None, "main"), "gguf_file": (None,), "use_flash_attention_2": (None, False),
 }
 REASONS = {"trust_remote_code": "code of a checkpoint is never run here",
-           "load_in_8bit": "quantized loading is not done", "load_in_4bit": "quantized loading is not done",
-           "quantization_config": "quantized loading is not done", "subfolder": "give the folder itself",
+           "load_in_8bit": "weights='int8' quantizes", "load_in_4bit": "weights='int4' quantizes",
+           "quantization_config": "weights='int8' or 'int4' quantizes", "subfolder": "give the folder itself",
            "output_hidden_states": "ask for them in the call", "output_attentions": "ask for them in the call",
            "use_flash_attention_2": "attn_implementation='flash' asks for it"}
 
@@ -413,35 +432,49 @@ def parse_dtype(dtype, raw):
     return found
 
 
-def read_state(name_or_folder, paths, model, table, dtype, device):
+def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, stored=False):
     """{our name: tensor} for exactly the model's parameters, each converted as it is read.
 
-    dtype None takes that of the first weight.  A task head that is not in the files is drawn afresh, and
-    a warning says so.  Raises one ValueError that lists missing, unexpected and unfit tensors, the first ten.
+    dtype None takes that of the first weight.  kind: the model's linear layers are replaced by quantized
+    ones, whose integers are read where they are stored, and made from each matrix as it is read otherwise.
+    A task head that is not in the files is drawn afresh, and a warning says so.  Raises one ValueError that
+    lists missing, unexpected and unfit tensors, the first ten.
     """
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    wanted, integers = model.state_dict(), set()           # on the meta device: shapes and dtypes
+    if kind:
+        integers = {f"{name}.weight" for name in quantize.replace_layers(model, kind)}
+    if stored:
+        wanted, integers = model.state_dict(), set()
+    tied = "lm_head.weight" in wanted and model.config.tie_word_embeddings
     inside = "" if hasattr(model, "transformer") else "transformer."       # a base model by itself
     state, seen, problems = {}, set(), []
-    for path in paths:
-        for name, tensor in tqdm(read_tensors(path), desc=f"loading {path.name}", unit=" tensors",
-                                 leave=False, disable=None):
-            try:
-                ours = our_name(name, table)
-            except KeyError:
-                ours = ""                                  # no name of ours: unexpected
-            other_head = ours is not None and ours.split(".")[0] in HEADS and ours not in wanted
-            if ours is None or other_head and "lm_head.weight" not in wanted:
-                continue                                   # of another task than this model's
-            ours = ours.removeprefix(inside)
-            if problem := misfit(name, tensor, ours, wanted, seen):
-                problems.append(problem)
-            else:
-                dtype = dtype or tensor.dtype
-                state[ours] = tensor.to(device=device, dtype=dtype)
-            seen.add(ours)
-    if "lm_head.weight" in wanted and model.config.tie_word_embeddings:
+
+    def keep(name, ours, tensor, as_integers):
+        try:
+            state.update(as_kept(ours, tensor, dtype, device, kind if as_integers else None))
+        except ValueError as error:
+            problems.append(f"tensor {plain(name)} cannot become integers: {error}")
+
+    for name, tensor in tensors_of(paths, "quantizing" if integers else "loading"):
+        try:
+            ours = our_name(name, table)
+        except KeyError:
+            ours = ""                                      # no name of ours: unexpected
+        other_head = ours is not None and ours.split(".")[0] in HEADS and ours not in wanted
+        if ours is None or other_head and "lm_head" not in {key.split(".")[0] for key in wanted}:
+            continue                                       # of another task than this model's
+        ours = ours.removeprefix(inside)
+        if problem := misfit(name, tensor, ours, wanted, seen):
+            problems.append(problem)
+        else:
+            dtype = dtype or tensor.dtype
+            keep(name, ours, tensor, ours in integers and not (tied and ours == "lm_head.weight"))
+        seen.add(ours)
+    if tied:
         problems += tie(state)
         seen.add("lm_head.weight")
+        if "lm_head.weight" in integers and "lm_head.weight" in state:
+            keep("lm_head.weight", "lm_head.weight", state.pop("lm_head.weight"), True)
     if model.head is not None and not any(name.startswith(model.head) for name in seen):
         fresh = fresh_head(model, wanted, dtype or torch.float32, device)
         warnings.warn(f"{', '.join(fresh)}: not in {name_or_folder}, so drawn afresh; train before use",
@@ -449,11 +482,30 @@ def read_state(name_or_folder, paths, model, table, dtype, device):
         state |= fresh
         seen |= set(fresh)
     official = official_names({inside + name: name for name in wanted}, table)
-    problems += [f"missing tensor {name} {wanted[ours]}" for name, ours in official.items()
+    problems += [f"missing tensor {name} {tuple(wanted[ours].shape)}" for name, ours in official.items()
                  if ours not in seen]
     if problems:
         raise ValueError(f"the weights in {name_or_folder} do not fit its config.json: {told(problems, table)}")
     return state
+
+
+def tensors_of(paths, doing):
+    """(name, tensor) of every file, one after the other, with a progress bar: what is `doing`.
+
+    While quantizing, each tensor is mapped by itself, since what was read of the others would stay in memory.
+    """
+    for path in paths:
+        yield from tqdm(read_tensors(path, apart=doing == "quantizing"), desc=f"{doing} {path.name}",
+                        unit=" tensors", leave=False, disable=None)
+
+
+def as_kept(ours, tensor, dtype, device, kind):
+    """{our name: tensor}: one in the model's dtype or, with a kind of integers, the three parts of a matrix."""
+    stem, _, part = ours.rpartition(".")
+    if kind:
+        parts = zip(quantize.PARTS, quantize.quantize(tensor, kind))
+        return {f"{stem}.{name}": x.to(device) for name, x in parts}
+    return {ours: tensor.to(device=device, dtype=quantize.PARTS.get(part, dtype))}
 
 
 QUANTIZED = {"GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
@@ -498,7 +550,7 @@ def rests(name):
 
 def fresh_head(model, wanted, dtype, device):
     """{name: tensor} of the head: weights N(0, initializer_range) and biases 0, as init_weights has them."""
-    fresh = {name: torch.zeros(shape) for name, shape in wanted.items() if name.startswith(f"{model.head}.")}
+    fresh = {name: torch.zeros(p.shape) for name, p in wanted.items() if name.startswith(f"{model.head}.")}
     fresh[f"{model.head}.weight"].normal_(std=model.config.initializer_range)
     return {name: tensor.to(device=device, dtype=dtype) for name, tensor in fresh.items()}
 
@@ -510,8 +562,11 @@ def misfit(name, tensor, ours, wanted, seen):
         return f"unexpected tensor {plain(name)} {shape}"
     if ours in seen:
         return f"tensor {name} stands there twice, under two names or in two files"
-    if shape != wanted[ours]:
-        return f"tensor {name} has shape {shape}, expected {wanted[ours]}"
+    if shape != tuple(wanted[ours].shape):
+        return f"tensor {name} has shape {shape}, expected {tuple(wanted[ours].shape)}"
+    if (part := ours.rpartition(".")[2]) in quantize.PARTS:
+        right = quantize.PARTS[part]
+        return None if tensor.dtype == right else f"tensor {name} holds {tensor.dtype}, expected {right}"
     if tensor.dtype not in FLOATS:                         # quantized elsewhere, or a damaged header
         return (f"tensor {name} holds {tensor.dtype}, expected floating point: "
                 "float32, float16, bfloat16 or float64")
@@ -535,22 +590,27 @@ def tie(state):
 # ------------------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder):
-    """Write config.json, generation_config.json and model.safetensors into `folder`.
+    """Write config.json, generation_config.json and model.safetensors into `folder`; for a quantized model
+    quantize.FILE in place of the last, which this project alone reads.
 
     All of them or none (files.write_files), and the folder that the weights are mapped from may be the
     target.
     """
     config = {"architectures": [type(model).__name__], **model.config.to_dict(),
               "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    kind = quantize.kind_of(model)
+    if kind:
+        config["quantization_config"] = quantize.description(kind)
+        quantize.check_folder(folder, WEIGHT_FILES)
     generation = model.generation_config or {
         k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
 
     def as_json(content):
         return (json.dumps(content, indent=2) + "\n").encode()
 
-    state = official_state(model)
+    state, file = official_state(model), quantize.FILE if kind else "model.safetensors"
     write_files(folder, {
-        "model.safetensors": lambda path: save_file(state, path, metadata={"format": "pt"}),
+        file: lambda path: save_file(state, path, metadata={"format": "pt"}),
         "generation_config.json": as_json(generation), "config.json": as_json(config)})
 
 
@@ -586,7 +646,7 @@ class AutoModelForCausalLM:
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         raw = read_config(name_or_folder, kwargs.get("revision"), **hub)
         module, name = {"gpt_neo": (neo, "GPTNeoFor"), "gpt_neox": (neox, "GPTNeoXFor")}[raw["model_type"]]
-        named = ("revision", "torch_dtype", "dtype", "device", "attn_implementation")
+        named = ("revision", "torch_dtype", "dtype", "device", "attn_implementation", "weights")
         given = {name: kwargs.pop(name) for name in named if name in kwargs}
         return load_pretrained(getattr(module, name + cls.kind), name_or_folder, raw=raw, changes=kwargs,
                                **given)

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 # From the bottom.
-ORDER = ["attention", "files", "tokenizer_settings", "tokenizer", "originals", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
+ORDER = ["attention", "files", "tokenizer_settings", "tokenizer", "originals", "quantize", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
          "neo", "neox", "score", "training", "generate", "mistakes", "diagnose", "vectors",
          "compare", "train", "benchmarks", "benchmark"]
 # The factory Auto... imports the models when it is called.

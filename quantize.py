@@ -1,0 +1,246 @@
+"""Fewer bits a weight: the matrices of linear layers as integers of 8 or 4 bits.
+
+    model = AutoModelForCausalLM.from_pretrained("EleutherAI/gpt-neox-20b", weights="int4")
+    python generate.py --model EleutherAI/gpt-neox-20b --weights int4 --compile "The dog"
+
+    N  rows of a matrix, outputs of the layer · K  columns, its inputs · G  groups of a row
+
+Writing one token reads every weight once, so fewer bits a weight mean less memory and more tokens a
+second.  The numbers of a group lie between its least number, `zero`, and its greatest; that range is
+cut into 255 steps (int8) or 15 (int4), and each number is rounded to the nearest:
+
+    weight = zero + scale * integer          0 <= integer <= 255 or 15
+
+A group is a whole row in int8 and 64 columns of a row in int4, where one number that is far from the
+others would spoil the steps of all.  No data is needed for it, and what is lost is in the README.
+
+What becomes integers: every matrix of the blocks, and the output head.  A head that is tied to the
+embedding becomes integers too, beside the embedding, which stays as it is: the head reads all its rows
+for each token, the embedding reads one.  Biases, LayerNorms and task heads stay as they are.
+
+`quantize` and `dequantize` say what the integers mean, and QuantizedLinear.definition is a linear layer
+made of them.  `few_rows` computes the same for one new token without the matrix ever being unpacked.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from files import shown
+
+BITS = {"int8": 8, "int4": 4}
+GROUP = {"int8": None, "int4": 64}      # columns that share scale and zero; None: a whole row
+LANES = 16                              # rows whose words lie side by side: one load of AVX-512, two of AVX2
+SLICE = 256                             # rows that are packed or unpacked at once
+FEW = 4                                 # with at most so many rows of x, few_rows is the faster form
+PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}
+METHOD = "words-of-gpt-neo-and-neox-from-scratch"      # `quant_method` in config.json
+FILE = "quantized.safetensors"          # not model.safetensors, so that transformers refuses the folder
+
+# ------------------------------------------------------------------------------------------------
+# What the integers mean
+# ------------------------------------------------------------------------------------------------
+
+def quantize(weight, kind):
+    """weight (N, K) -> words (N/16, K/8 or K/4, 16) int32, scale and zero (N/16, G, 16) float32.
+
+    A word holds 8 integers of 4 bits, or 4 of 8, of consecutive columns, the first in the lowest
+    bits.  words[b, j, r] belongs to row 16 b + r, so the words of 16 rows stand side by side.  N is
+    rounded up by rows of zeros, and K by repeating the last column, which widens no range.
+    Raises ValueError for numbers that are not finite, or too far apart for float32.
+    """
+    if not weight.is_floating_point() or weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"a matrix of floating-point numbers is needed, got {weight.dtype} "
+                         f"of shape {tuple(weight.shape)}")
+    parts = [quantize_slice(rows.float(), kind) for rows in weight.detach().split(SLICE)]
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def quantize_slice(w, kind):
+    """quantize for float32 w (n, K), of so few rows that what is computed stays small."""
+    bits, levels = BITS[kind], 2 ** BITS[kind] - 1
+    K, per = w.size(1), 32 // bits
+    group = GROUP[kind] or K + -K % per
+    w = torch.cat([w, w[:, -1:].expand(-1, -K % group)], 1)
+    w = F.pad(w, (0, 0, 0, -len(w) % LANES)).view(-1, LANES, w.size(1) // group, group)  # (b, 16, G, group)
+    zero, high = w.aminmax(dim=-1, keepdim=True)
+    if not (high - zero).isfinite().all():
+        raise ValueError("it holds infinities, NaN or numbers beyond float32, which integers cannot stand for")
+    scale = (high - zero) / levels
+    q = ((w - zero) / scale.masked_fill(scale == 0, 1)).round_().clamp_(0, levels).to(torch.int32)
+    q = q.view(len(w), LANES, -1, per)                                         # (b, 16, words, per)
+    words = q[..., 0].clone()
+    for place in range(1, per):
+        words |= q[..., place] << bits * place
+    return [x.transpose(1, 2).contiguous() for x in (words, scale.squeeze(-1), zero.squeeze(-1))]
+
+
+def dequantize(words, scale, zero, shape, kind, dtype=torch.float32):
+    """The matrix of this shape (N, K) that the integers stand for: quantize backwards."""
+    bits, (N, K) = BITS[kind], shape
+    words, scale, zero = (x.transpose(0, 1).flatten(1) for x in (words, scale, zero))  # (words or G, N)
+    places = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)[:, None]
+    q = (words[:, None] >> places).bitwise_and_(2 ** bits - 1)                 # (words, per, N)
+    w = torch.addcmul(zero[:, None], q.view(len(scale), -1, q.size(-1)).float(), scale[:, None])
+    return w.flatten(0, 1)[:K, :N].T.to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# One new token
+# ------------------------------------------------------------------------------------------------
+
+def few_rows(x, words, scale, zero, kind):
+    """x (rows, K) times the matrix, (rows, N rounded up to 16) float32: the form to be compiled.
+
+        y_n = sum over groups of ( scale * sum of integer * x  +  zero * sum of x )
+
+    torch's compiler makes one loop of this, which loads the words of 16 rows at once, takes each
+    integer out, converts it and multiplies.  To take it out by a shift and a mask are two steps.  The
+    mask alone leaves the integer times a power of two, so x is divided by that power beforehand, which
+    is exact.  Only the highest place needs the shift, because there a mask would touch the sign.
+    """
+    bits = BITS[kind]
+    per, mask = 32 // bits, 2 ** bits - 1
+    x = F.pad(x.float(), (0, per * words.size(1) - x.size(1))).view(len(x), -1, per)       # (rows, words, per)
+    sums = once(x.reshape(len(x), scale.size(1), -1).sum(-1))                               # (rows, G)
+    powers = [2.0 ** (-bits * place) for place in range(per - 1)] + [1.0]
+    x = once(x * torch.tensor(powers, device=x.device))
+    taken = [(words & mask << bits * place).float() for place in range(per - 1)]
+    taken.append((words >> 32 - bits & mask).float())                          # each (N/16, words, 16)
+    found = []
+    for row, total in zip(x, sums):
+        y = 0
+        for four in range(0, per, 4):          # of more places at once the compiler would store the products
+            products = sum(taken[place] * row[:, place, None] for place in range(four, four + 4))
+            y = y + products.view(len(words), scale.size(1), -1, LANES).sum(2)             # (N/16, G, 16)
+        found.append((y * scale + zero * total[:, None]).sum(1).flatten())
+    return torch.stack(found)
+
+
+def once(x):
+    """x itself; the compiler must finish it, and not compute it again for every row of the matrix."""
+    return x.as_strided(x.shape, x.stride())
+
+
+# ------------------------------------------------------------------------------------------------
+# The layer
+# ------------------------------------------------------------------------------------------------
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose matrix is integers; its bias is a parameter in the model's dtype."""
+
+    def __init__(self, in_features, out_features, bias, kind, dtype=None, device=None):
+        super().__init__()
+        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        words = -(-in_features // (GROUP[kind] or 32 // BITS[kind]))           # groups, or words of a row
+        groups, words = (1, words) if GROUP[kind] is None else (words, words * GROUP[kind] * BITS[kind] // 32)
+        blocks = -(-out_features // LANES)
+        for name, length in zip(PARTS, (words, groups, groups)):
+            empty = torch.empty(blocks, length, LANES, dtype=PARTS[name], device=device)
+            self.register_buffer(name, empty)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def of(cls, linear, kind):
+        """The same layer as an nn.Linear, rounded."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, kind,
+                    linear.weight.dtype, linear.weight.device)
+        layer.bias = linear.bias
+        if not linear.weight.is_meta:
+            layer.words, layer.scale, layer.zero = quantize(linear.weight, kind)
+        return layer
+
+    def dequantize(self, dtype=torch.float32, rows=slice(None)):
+        """The matrix (N, K) that is multiplied by, or those of its rows; `rows` begins at a multiple of 16."""
+        start, stop, _ = rows.indices(self.out_features)
+        blocks = slice(start // LANES, -(-stop // LANES))
+        return dequantize(self.words[blocks], self.scale[blocks], self.zero[blocks],
+                          (stop - start, self.in_features), self.kind, dtype)
+
+    def forward(self, x):
+        """x (..., K) -> (..., N), in x's dtype: F.linear with the dequantized matrix."""
+        plain = not torch.is_autocast_enabled(x.device.type)
+        if torch.compiler.is_compiling() and plain and x.numel() <= FEW * x.size(-1):
+            y = few_rows(x.reshape(-1, x.size(-1)), self.words, self.scale, self.zero, self.kind)
+            y = y[:, :self.out_features].to(x.dtype).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return self.definition(x)
+
+    def definition(self, x):
+        """A few rows of the matrix at a time, so that they stay in the processor's cache."""
+        step = self.out_features if torch.compiler.is_compiling() else SLICE
+        found = []
+        for start in range(0, self.out_features, step):
+            rows = slice(start, start + step)
+            bias = None if self.bias is None else self.bias[rows]
+            found.append(F.linear(x, self.dequantize(x.dtype, rows), bias))
+        return torch.cat(found, -1)
+
+    def _apply(self, function, recurse=True):
+        """What .half() and .to(dtype) call: scale and zero follow to another device, never to another dtype."""
+        kept = self.scale, self.zero
+        super()._apply(function, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale, self.zero = (x.to(self.words.device) for x in kept)
+        return self
+
+    def extra_repr(self):
+        return (f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"bias={self.bias is not None}, weights={self.kind}")
+
+
+# ------------------------------------------------------------------------------------------------
+# A model
+# ------------------------------------------------------------------------------------------------
+
+def replace_layers(model, kind):
+    """Put a QuantizedLinear in the place of every linear layer of the blocks and of the output head.
+
+    Returns {name: new layer}.
+    """
+    layers = {name: QuantizedLinear.of(layer, kind) for name, layer in model.named_modules()
+              if type(layer) is nn.Linear and (".blocks." in f".{name}" or name == "lm_head")}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return layers
+
+
+def kind_of(model):
+    """ "int8" or "int4" for a quantized model, else None."""
+    return next((layer.kind for layer in model.modules() if isinstance(layer, QuantizedLinear)), None)
+
+
+def description(kind):
+    """What config.json says of the weights of a quantized model."""
+    return {"quant_method": METHOD, "weights": kind, "group": GROUP[kind], "file": FILE}
+
+
+def what_to_load(raw, asked):
+    """For from_pretrained(weights=asked): (kind, is it stored so, config.json without quantization_config).
+
+    Raises ValueError for a kind that does not exist and for one that the files do not have.
+    """
+    if asked not in (None, *BITS):
+        raise ValueError(f"weights must be {' or '.join(BITS)}, or None for those of the checkpoint, "
+                         f"got {shown(asked)}")
+    stored = raw.get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
+        return asked, False, raw                           # configs.py refuses any other method
+    kind = stored.get("weights")
+    if kind not in BITS or stored != description(kind):
+        raise ValueError(f"config field 'quantization_config' is {shown(stored)}; supported is what "
+                         f"save_pretrained writes, such as {description('int4')}")
+    if asked not in (None, kind):
+        raise ValueError(f"weights={asked!r}, but this checkpoint was saved as {kind}: take the one that it "
+                         "was made from")
+    return kind, True, {name: value for name, value in raw.items() if name != "quantization_config"}
+
+
+def check_folder(folder, names):
+    """Raise ValueError where a quantized model would be saved beside other weights, since transformers would
+    read those in its place."""
+    if found := [name for name in names if (Path(folder) / name).exists()]:
+        raise ValueError(f"{folder} has {found[0]}, which other programs would read in place of the quantized "
+                         "weights: save into another folder")

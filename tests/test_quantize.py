@@ -1,0 +1,366 @@
+"""Weights of 8 and 4 bits: what the integers mean, the two ways to multiply by them, models, files."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+import generate
+import quantize
+from conftest import ROOT
+from helpers import ours, random_case, relative, saved
+from load_weights import AutoModelForCausalLM, AutoModelForSequenceClassification
+from neox import GPTNeoXModel
+from quantize import BITS, GROUP, PARTS, QuantizedLinear, dequantize, few_rows
+
+KINDS = pytest.mark.parametrize("kind", BITS)
+FAMILIES = pytest.mark.parametrize("family", ["gpt_neo", "gpt_neox"])
+SHAPES = [(1, 1), (16, 64), (17, 63), (5, 65), (33, 128), (300, 200), (512, 40)]   # 300 and 512: more than a slice
+compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+IDS = torch.randint(1, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+
+
+def random_words(kind, N, K, seed=0):
+    """A layer whose words are any bits at all, so also those whose sign bit is set."""
+    layer, generator = QuantizedLinear(K, N, False, kind), torch.Generator().manual_seed(seed)
+    layer.words.copy_(torch.randint(-2**31, 2**31, layer.words.shape, generator=generator))
+    layer.scale.uniform_(0.01, 1, generator=generator)
+    layer.zero.uniform_(-8, 1, generator=generator)
+    return layer
+
+
+def by_hand(layer, n, k):
+    """One number of a layer's matrix, from the description of the layout in Python's own integers."""
+    bits, per = BITS[layer.kind], 32 // BITS[layer.kind]
+    word = layer.words[n // 16, k // per, n % 16].item() % 2**32
+    group = k // GROUP[layer.kind] if GROUP[layer.kind] else 0
+    integer = word >> k % per * bits & 2**bits - 1
+    return layer.zero[n // 16, group, n % 16].item() + layer.scale[n // 16, group, n % 16].item() * integer
+
+
+def model_of(family, kind, dtype=torch.float32, seed=0, **how):
+    return AutoModelForCausalLM.from_pretrained(saved(random_case(seed, family)), weights=kind, torch_dtype=dtype, **how)
+
+
+def unpacked(model, family, dtype=torch.float32, seed=0):
+    """The same model, not quantized, with the numbers that the integers stand for."""
+    whole = ours(random_case(seed, family), dtype)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            whole.get_submodule(name).weight = nn.Parameter(layer.dequantize(dtype))
+    return whole
+
+
+# --- what the integers mean ------------------------------------------------------------------------
+
+@KINDS
+@pytest.mark.parametrize("N, K", SHAPES[:5])
+def test_the_layout_is_the_one_described(kind, N, K):
+    layer = random_words(kind, N, K)
+    expected = torch.tensor([[by_hand(layer, n, k) for k in range(K)] for n in range(N)])
+    torch.testing.assert_close(layer.dequantize(), expected, rtol=1e-6, atol=1e-6)
+
+
+@KINDS
+def test_every_integer_in_every_place(kind):
+    """Rows that hold every level, turned by one column each: every integer stands once in every place."""
+    levels = 2 ** BITS[kind]
+    group = torch.arange(levels).repeat(4)[:GROUP[kind] or levels].float()
+    w = torch.stack([group.roll(shift) for shift in range(32 // BITS[kind])])
+    words, scale, zero = quantize.quantize(w, kind)
+    assert (scale[0, :, :len(w)] == 1).all() and (zero == 0).all() and (words < 0).any()
+    assert torch.equal(dequantize(words, scale, zero, w.shape, kind), w)
+    x = torch.eye(w.size(1))
+    assert torch.equal(few_rows(x, words, scale, zero, kind)[:, :len(w)].T, w)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("N, K", SHAPES)
+def test_rounded_to_the_nearest_step_of_its_group(kind, dtype, N, K):
+    w = torch.randn(N, K, generator=torch.Generator().manual_seed(N)).to(dtype)
+    layer = QuantizedLinear.of(nn.Linear(K, N, dtype=dtype), kind)
+    assert {name: (getattr(layer, name).dtype) for name in PARTS} == PARTS
+    parts = quantize.quantize(w, kind)
+    assert all(getattr(layer, name).shape == part.shape for name, part in zip(PARTS, parts))
+    found = dequantize(*parts, w.shape, kind)
+    for n in (0, N // 2, N - 1):
+        for start in range(0, K, GROUP[kind] or K):
+            stop = min(start + (GROUP[kind] or K), K)
+            row = w[n, start:stop].float()
+            step = (row.max() - row.min()) / (2 ** BITS[kind] - 1)
+            assert (found[n, start:stop] - row).abs().max() <= 0.5001 * step + 1e-7
+            assert found[n, start + row.argmin()] == row.min()
+
+
+@KINDS
+def test_rows_of_zeros_and_constants_are_exact(kind):
+    w = torch.cat([torch.zeros(3, 70), torch.full((2, 70), -1.7), torch.full((1, 70), 1e-42), torch.randn(4, 70)])
+    w[-1] *= 1e30
+    parts = quantize.quantize(w, kind)
+    assert torch.equal(dequantize(*parts, w.shape, kind)[:6], w[:6])
+    x = torch.randn(2, 70)
+    found = few_rows(x, *parts, kind)
+    assert (found[:, :3] == 0).all() and found.isfinite().all()
+    torch.testing.assert_close(found[:, 3], -1.7 * x.sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38], ids=str)
+@pytest.mark.parametrize("place", ["dense_4h_to_h.weight", "embed_out.weight"])
+def test_what_integers_cannot_stand_for_is_refused_by_name(kind, value, place, tmp_path):
+    folder = shutil.copytree(saved(random_case(1)), tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(place))
+    tensors[name][0, 0], tensors[name][0, 1] = value, -3e38
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"tensor {name} cannot become integers: it holds infinities") as error:
+        AutoModelForCausalLM.from_pretrained(folder, weights=kind)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_matrix_of_numbers_is_refused():
+    for tensor in (torch.zeros(3), torch.zeros(0, 3), torch.zeros(2, 2, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="a matrix of floating-point numbers is needed"):
+            quantize.quantize(tensor, "int8")
+
+
+# --- the two ways to multiply ----------------------------------------------------------------------
+
+@KINDS
+@pytest.mark.parametrize("N, K", SHAPES)
+def test_both_forms_are_the_linear_layer_of_the_dequantized_matrix(kind, N, K):
+    layer = random_words(kind, N, K)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(K))
+    expected = F.linear(x.double(), layer.dequantize().double())
+    assert relative(layer(x), expected) < 1e-6
+    assert relative(few_rows(x, layer.words, layer.scale, layer.zero, kind)[:, :N], expected) < 2e-6
+
+
+@KINDS
+def test_the_form_for_one_token_is_what_is_compiled(kind, monkeypatch):
+    """With few rows of x and not with more; biases, both half precisions, leading dimensions.  Traced alone:
+    what the compiler makes of it is tested with models."""
+    seen = []
+    torch._dynamo.reset()
+    monkeypatch.setattr(quantize, "few_rows", lambda *given: seen.append(len(given[0])) or few_rows(*given))
+    layer = QuantizedLinear.of(nn.Linear(96, 50), kind)
+    compiled = torch.compile(layer, dynamic=False, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+            for shape in ((1, 1, 96), (quantize.FEW, 1, 96), (1, quantize.FEW + 1, 96)):
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+                plain = layer.to(dtype)(x)
+                assert plain.dtype == dtype and not torch.compiler.is_compiling()
+                assert relative(compiled(x), plain) < bound
+    assert seen and max(seen) == quantize.FEW
+
+
+@KINDS
+@pytest.mark.parametrize("move", [nn.Module.half, nn.Module.bfloat16, lambda layer: layer.to(torch.float64)])
+def test_a_cast_of_the_model_leaves_the_integers_alone(kind, move):
+    layer = QuantizedLinear.of(nn.Linear(70, 20), kind)
+    before = layer.dequantize()
+    move(layer)
+    assert torch.equal(layer.dequantize(), before)
+    assert {name: getattr(layer, name).dtype for name in PARTS} == PARTS
+    x = torch.randn(2, 70).to(layer.bias.dtype)
+    assert layer(x).dtype == x.dtype
+
+
+def test_gradients_pass_through_to_the_input():
+    layer = QuantizedLinear.of(nn.Linear(70, 300), "int4")
+    x = torch.randn(3, 70, requires_grad=True)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0]
+             for y in (layer(x), F.linear(x, layer.dequantize(), layer.bias))]
+    assert relative(*grads) < 1e-6
+
+
+# --- models ----------------------------------------------------------------------------------------
+
+@KINDS
+@FAMILIES
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_model_is_the_naive_one_of_its_dequantized_weights(kind, family, seed):
+    model = model_of(family, kind, seed=seed, attn_implementation="naive")
+    whole = unpacked(model, family, seed=seed)
+    assert model.weights == kind and whole.weights is None and not model.training
+    assert model.num_parameters() == ours(random_case(seed, family)).num_parameters()
+    count = sum(isinstance(layer, nn.Linear) for layer in whole.modules())
+    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == count
+    assert not any(isinstance(layer, nn.Linear) for layer in model.modules())
+    with torch.no_grad():
+        assert relative(model(IDS).logits, whole(IDS).logits) < 1e-5
+
+
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_in_half_precision(family, dtype):
+    model = model_of(family, "int4", dtype)
+    assert model.dtype == dtype and model.transformer.blocks[0].mlp.up_proj.scale.dtype == torch.float32
+    with torch.no_grad():
+        assert relative(model(IDS).logits, unpacked(model, family, dtype)(IDS).logits) < (3e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
+def test_a_tied_head_becomes_integers_and_the_embedding_stays():
+    model, whole = model_of("gpt_neo", "int8"), ours(random_case(0, "gpt_neo"))
+    assert torch.equal(model.transformer.embed.weight, whole.transformer.embed.weight)
+    assert isinstance(model.lm_head, QuantizedLinear) and model.config.tie_word_embeddings
+    expected = quantize.quantize(whole.lm_head.weight, "int8")
+    assert all(map(torch.equal, (model.lm_head.words, model.lm_head.scale, model.lm_head.zero), expected))
+
+
+@compiler
+@pytest.mark.parametrize("family, kind, dtype, B", [
+    ("gpt_neo", "int4", torch.float32, 1),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("gpt_neox", "int8", torch.bfloat16, 3), ("gpt_neo", "int8", torch.float32, 3), ("gpt_neox", "int4", torch.float32, 6),
+        ("gpt_neox", "int8", torch.float32, 1), ("gpt_neox", "int4", torch.float16, 1)))], ids=str)
+def test_compiled_decoding_is_the_same_within_rounding(family, kind, dtype, B):
+    from attention import KVCache
+    from fast.step import Step
+    model = model_of(family, kind, dtype)
+    ids = torch.randint(1, 97, (B, 12), generator=torch.Generator().manual_seed(0))
+    found = []
+    for compiled in (False, True):
+        cache, logits = KVCache(model.config, B, 20, dtype), []
+        with torch.no_grad():
+            model(ids[:, :8], cache=cache)
+            step = Step(model, cache) if compiled else lambda *given: model(*given, cache=cache).logits[:, -1]
+            for t in range(8, 12):
+                logits.append(step(ids[:, t:t + 1], torch.ones(B, t + 1), torch.full((B, 1), t)))
+        found.append(torch.stack(logits))
+    assert relative(found[1], found[0]) < {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+
+
+@FAMILIES
+def test_hooks_and_wrappers_see_every_layer_called(family):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.calls = inner, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x) + 1
+
+    model, called = model_of(family, "int4"), []
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda layer, args, out, name=name: called.append(name))
+    with torch.no_grad():
+        before = model(IDS).logits
+        assert sorted(called) == sorted(layers)
+        model.transformer.blocks[0].mlp.up_proj = Wrapper(model.transformer.blocks[0].mlp.up_proj)
+        assert not torch.equal(model(IDS).logits, before)
+    assert model.transformer.blocks[0].mlp.up_proj.calls == 1
+
+
+def test_a_quantized_head_is_not_resized():
+    with pytest.raises(ValueError, match="the output head is quantized, so it cannot get other rows"):
+        model_of("gpt_neox", "int8").resize_token_embeddings(120)
+
+
+def test_other_models_of_the_same_checkpoint(tmp_path):
+    """A base model, and a classifier, whose own head is to be trained and so stays as it is."""
+    base = GPTNeoXModel.from_pretrained(saved(random_case(1)), weights="int4")
+    assert base.weights == "int4" and isinstance(base.blocks[0].attn.qkv_proj, QuantizedLinear)
+    with torch.no_grad():
+        expected = base(IDS).last_hidden_state
+        base.save_pretrained(tmp_path)
+        assert torch.equal(GPTNeoXModel.from_pretrained(tmp_path)(IDS).last_hidden_state, expected)
+    with pytest.warns(UserWarning, match="score.weight: not in"):
+        classifier = AutoModelForSequenceClassification.from_pretrained(saved(random_case(1)), weights="int4")
+    assert classifier.weights == "int4" and isinstance(classifier.score, nn.Linear)
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+@KINDS
+@FAMILIES
+def test_saved_and_loaded_it_has_the_same_bits(kind, family, tmp_path):
+    model = model_of(family, kind, torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    for asked in (None, kind):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype="auto", weights=asked)
+        mine, theirs = model.state_dict(), again.state_dict()
+        assert mine.keys() == theirs.keys() and again.config == model.config
+        assert all(mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine)
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, again(IDS).logits)
+    again.save_pretrained(tmp_path)                        # the folder that it is mapped from
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).weights == kind
+    with pytest.raises(OSError, match="no file named model.safetensors"):              # refused, not misread
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["shards", "bin"])
+@FAMILIES
+def test_shards_and_pickles_become_the_same_integers(family, ending, tmp_path):
+    case = random_case(0, family)
+    tensors = load_file(saved(case) / "model.safetensors")
+    shutil.copy(saved(case) / "config.json", tmp_path)
+    if ending == "bin":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        names = sorted(tensors)
+        places = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(names)}
+        for file in set(places.values()):
+            save_file({name: tensors[name] for name in names if places[name] == file}, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    mine, theirs = (AutoModelForCausalLM.from_pretrained(x, weights="int4").state_dict() for x in (tmp_path, saved(case)))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="weights must be int8 or int4"):
+        model_of("gpt_neo", "int3")
+    with pytest.raises(ValueError, match="int4' quantizes"):
+        AutoModelForCausalLM.from_pretrained(saved(random_case(1)), load_in_4bit=True)
+    model = model_of("gpt_neox", "int4")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights='int8', but this checkpoint was saved as int4"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, weights="int8")
+    with pytest.raises(ValueError, match="has model.safetensors, which other programs would read"):
+        model.save_pretrained(shutil.copytree(saved(random_case(1)), tmp_path / "whole"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (({"group": 32}, "supported is what save_pretrained writes"), ({"weights": "int2"}, "int2"),
+                          ({"quant_method": "gptq"}, "quantized by 'gptq', which this project does not read")):
+        config["quantization_config"] = quantize.description("int4") | change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=words) as error:
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("embed_out.scale"), "missing tensor embed_out.scale"),
+    (lambda t: t.update({"embed_out.words": t["embed_out.words"].float()}), "embed_out.words holds torch.float32, expected torch.int32"),
+    (lambda t: t.update({"embed_out.zero": t["embed_out.zero"].half()}), "embed_out.zero holds torch.float16"),
+    (lambda t: t.update({"embed_out.words": t["embed_out.words"][:1].clone()}), "embed_out.words has shape"),
+    (lambda t: t.update({"embed_out.weight": torch.zeros(97, 8)}), "unexpected tensor embed_out.weight")])
+def test_damaged_files_are_refused_by_name(change, words, tmp_path):
+    model_of("gpt_neox", "int4", seed=1).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / quantize.FILE)
+    change(tensors)
+    save_file(tensors, tmp_path / quantize.FILE)
+    with pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_on_the_command_line(capsys, tmp_path):
+    """Text, a score, a folder that was saved; the demo checkpoint's text is still Shakespeare."""
+    (tmp_path / "text").write_text((ROOT / "LICENSE").read_text()[:300])
+    assert generate.main(["HAMLET.", "--weights", "int4", "--greedy", "--max-new-tokens", "5"]) == 0
+    out = capsys.readouterr()
+    assert out.out.startswith("HAMLET.") and "3.8 M weights as int4" in out.err
+    found = []
+    for kind in ([], ["--weights", "int8"]):
+        assert generate.main(["--score", str(tmp_path / "text"), *kind]) == 0
+        found.append(float(capsys.readouterr().out.split()[1]))
+    assert found[0] != found[1] and abs(found[0] - found[1]) < 0.01
