@@ -56,6 +56,15 @@ NOT_A_MISTAKE = {                                          # there the right por
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small to share among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.lru_cache(maxsize=None)
 def model_of(shape, seed):
     """(our model, folder with its files): wide random weights."""
@@ -161,9 +170,19 @@ FAULTS = ["dropout", "residual-halved", "layers-exchanged", "matrix-of-another-l
 
 
 @pytest.mark.parametrize("shape, fault", [
-    pytest.param(shape, fault, marks=() if (i, j) in ((1, 0), (4, 2)) else pytest.mark.long)
+    pytest.param(shape, fault, marks=() if (i, j) == (1, 0) else pytest.mark.long)
     for i, shape in enumerate(SHAPES) for j, fault in enumerate(FAULTS)])
 def test_a_fault_of_no_table_is_given_no_name(shape, fault, tmp_path, capsys):
+    check_no_name(shape, fault, tmp_path)
+
+
+def test_a_fault_of_gpt_neox_is_given_no_name(tmp_path, capsys, monkeypatch):
+    """Without the search for pairs, 2,700 trials; test_diagnose.py makes them for another fault."""
+    monkeypatch.setattr(D, "SECONDS", 0)
+    check_no_name("neox-all-dims", "layers-exchanged", tmp_path)
+
+
+def check_no_name(shape, fault, tmp_path):
     status, report = by_cli(shape, 0, tmp_path=tmp_path, fault=fault)
     assert status == 1 and report["mistakes"] == []
     assert report["first_difference"].startswith("block 1")
