@@ -212,78 +212,64 @@ static void greedy(Model *m, int *ids, int T, int count, int cached) {
     }
 }
 
-/* ---- JSON ----------------------------------------------------------------------------------- */
+/* ---- JSON -----------------------------------------------------------------------------------
 
-typedef struct Json {
-    char kind;                          /* { [ " 0 t f n: object, array, string, number, ... */
-    char *key, *text;                   /* its name in an object; what a string says */
-    double number;
-    struct Json *child, *next;          /* the first thing inside; the next one beside it */
-} Json;
+   It is read where it lies: a value is a pointer to its first character. */
 
-static char skip(const char **s) {
-    while (**s && strchr(" \t\r\n", **s)) ++*s;
-    return **s;
-}
+static const char *skip(const char *s) { return s + strspn(s, " \t\r\n,:"); }
 
-static char *parse_string(const char **s, const char *path) {
-    char *text = take(strlen(*s) + 1, 1), *end = text;
-    for (++*s; **s && **s != '"'; ++*s) {
-        if (**s == '\\' && *++*s == 'u') fail("%s: no name here needs a \\u", path);
-        *end++ = **s;
-        if (!**s) break;
+static const char *end_of(const char *s) {                          /* what stands behind a value */
+    if (*s == '"') {
+        for (s++; *s && *s != '"'; s++)
+            if (*s == '\\' && s[1]) s++;
+        return *s ? s + 1 : s;
     }
-    if (*(*s)++ != '"') fail("%s: a string without an end", path);
-    return text;
-}
-
-static Json *parse(const char **s, const char *path) {
-    Json *value = take(1, sizeof *value), **last = &value->child;
-    char kind = value->kind = skip(s), *end;
-    if (kind == '"') {
-        value->text = parse_string(s, path);
-    } else if (kind == '{' || kind == '[') {
-        ++*s;
-        while (skip(s) != kind + 2) {                   /* ] and } are two after [ and { */
-            if (value->child && *(*s)++ != ',') fail("%s: a comma is missing", path);
-            char *key = kind == '{' && skip(s) == '"' ? parse_string(s, path) : NULL;
-            if (kind == '{' && (!key || skip(s) != ':')) fail("%s: a key is missing", path);
-            if (kind == '{') ++*s;
-            *last = parse(s, path);
-            (*last)->key = key;
-            last = &(*last)->next;
-        }
-        ++*s;
-    } else if (!strncmp(*s, "true", 4) || !strncmp(*s, "null", 4)) {
-        *s += 4;
-    } else if (!strncmp(*s, "false", 5)) {
-        *s += 5;
-    } else {
-        value->kind = '0';
-        value->number = strtod(*s, &end);
-        if (end == *s) fail("%s is not valid JSON", path);
-        *s = end;
+    if (*s == '{' || *s == '[') {
+        char close = *s + 2;                            /* ] and } are two after [ and { */
+        for (s = skip(s + 1); *s && *s != close;) s = skip(end_of(s));
+        return *s ? s + 1 : s;
     }
-    return value;
+    size_t length = strcspn(s, " \t\r\n,:]}");
+    return s + (length ? length : *s != 0);
 }
 
-static Json *find(const Json *object, const char *key) {
-    for (Json *child = object->child; child; child = child->next)
-        if (child->key && !strcmp(child->key, key)) return child;
+/* Each value of a list, or each key and each value of an object; NULL behind the last. */
+static const char *here(const char *s) { return *s && !strchr("]}", *s) ? s : NULL; }
+static const char *first(const char *list) { return here(skip(list + 1)); }
+static const char *next(const char *s) { return here(skip(end_of(s))); }
+
+static char *text_of(const char *s) {                               /* "" where s is no string */
+    size_t length = *s == '"' ? end_of(s) - s : 0;
+    return length > 2 ? memcpy(take(length, 1), s + 1, length - 2) : take(1, 1);
+}
+
+static const char *find(const char *object, const char *key) {      /* its value, or NULL */
+    const char *value;
+    for (const char *name = first(object); name && (value = next(name)); name = next(value))
+        if (!strcmp(text_of(name), key)) return value;
     return NULL;
 }
 
-static Json *get(const Json *object, const char *key, char kind) {
-    Json *value = find(object, key);
-    if (!value || value->kind != kind) fail("\"%s\" is missing, or of another kind", key);
+/* The value of a key that must be there, and must begin with a character of `kind`. */
+static const char *get(const char *object, const char *key, const char *kind) {
+    const char *value = find(object, key);
+    if (!value || !strchr(kind, *value)) fail("\"%s\" is missing, or of another kind", key);
     return value;
 }
 
-static int whole(const Json *object, const char *key) { return (int)get(object, key, '0')->number; }
-static int yes(const Json *object, const char *key) {
-    Json *value = find(object, key);
-    if (!value || !strchr("tf", value->kind)) fail("\"%s\" is neither true nor false", key);
-    return value->kind == 't';
+static double number(const char *object, const char *key) {
+    return strtod(get(object, key, "-0123456789"), NULL);
+}
+
+static int whole(const char *object, const char *key) { return (int)number(object, key); }
+static int yes(const char *object, const char *key) { return *get(object, key, "tf") == 't'; }
+static char *word(const char *object, const char *key) { return text_of(get(object, key, "\"")); }
+
+static int *integers(const char *list, int *count) {                /* -> (count) */
+    int *all = take(strlen(list), sizeof(int));
+    *count = 0;
+    for (const char *s = first(list); s; s = next(s)) all[(*count)++] = (int)strtol(s, NULL, 10);
+    return all;
 }
 
 /* ---- Files ---------------------------------------------------------------------------------- */
@@ -308,10 +294,11 @@ static char *read_file(const char *path, size_t *size) {            /* with a ze
     return content;
 }
 
-static Json *read_json(const char *path) {
+static const char *read_json(const char *path) {                    /* the object in the file */
     size_t size;
-    const char *text = read_file(path, &size);
-    return parse(&text, path);
+    const char *text = skip(read_file(path, &size));
+    if (*text != '{') fail("%s is not valid JSON", path);
+    return text;
 }
 
 static int *read_ids(const char *path, int *T) {                    /* .npy of int64 -> (T) */
@@ -348,7 +335,7 @@ static void write_npy(const char *path, const float *x, int rows, int columns) {
 typedef struct {
     const char *path, *data;            /* the numbers of all tensors */
     size_t size;                        /* of the data, in bytes */
-    Json *header;                       /* {name: {dtype, shape, data_offsets}} */
+    const char *header;                 /* {name: {dtype, shape, data_offsets}} */
 } Tensors;
 
 static Tensors open_tensors(const char *path) {
@@ -357,28 +344,26 @@ static Tensors open_tensors(const char *path) {
     uint64_t length = 0;
     if (file.size > 8) memcpy(&length, content, 8);
     if (length == 0 || length > file.size - 8) fail("%s is not a .safetensors file", path);
-    const char *header = memcpy(take(length + 1, 1), content + 8, length);
-    file.header = parse(&header, path);
+    file.header = memcpy(take(length + 1, 1), content + 8, length);
     file.data = content + 8 + length;
     file.size -= 8 + length;
     return file;
 }
 
-/* The numbers of a tensor (rows, columns), or (rows) where columns is 0. */
+/* A tensor (rows, columns), or (rows) where columns is 0. */
 static const float *tensor(const Tensors *file, int rows, int columns, const char *name) {
-    Json *about = find(file->header, name);
+    const char *about = find(file->header, name);
     if (!about) fail("%s has no %s", file->path, name);
-    if (strcmp(get(about, "dtype", '"')->text, "F32")) fail("%s is not float32", name);
-    double wanted[2] = {rows, columns}, given[2] = {0, 0}, ends[2] = {0, 0}, count = rows;
-    int i = 0, j = 0;
-    for (Json *n = get(about, "shape", '[')->child; n && i < 2; n = n->next) given[i++] = n->number;
-    for (Json *n = get(about, "data_offsets", '[')->child; n && j < 2; n = n->next)
-        ends[j++] = n->number;
-    if (columns) count *= columns;
-    if (memcmp(wanted, given, sizeof wanted)) fail("%s: %s has another shape", file->path, name);
-    if (ends[0] < 0 || ends[1] - ends[0] != 4 * count || ends[1] > file->size)
+    if (strcmp(word(about, "dtype"), "F32")) fail("%s is not float32", name);
+    int dims, ends, *shape = integers(get(about, "shape", "["), &dims);
+    int *offsets = integers(get(about, "data_offsets", "["), &ends);
+    size_t count = (size_t)rows * (columns ? columns : 1);
+    if (dims != (columns ? 2 : 1) || shape[0] != rows || (columns && shape[1] != columns))
+        fail("%s: %s has another shape", file->path, name);
+    if (ends != 2 || offsets[0] < 0 || (size_t)offsets[0] + 4 * count != (size_t)offsets[1]
+        || (size_t)offsets[1] > file->size)
         fail("%s: %s does not lie in the file", file->path, name);
-    return memcpy(floats(count), file->data + (size_t)ends[0], 4 * count);      /* aligned */
+    return memcpy(floats(count), file->data + offsets[0], 4 * count);           /* aligned */
 }
 
 /* A matrix (out, in); or, where in is 0, the weights of a norm (out). */
@@ -390,12 +375,14 @@ static Part part(const Tensors *file, const char *where, const char *name, int i
 }
 
 /* GPT-Neo's "attention_types" is [[kinds, repetitions], ...]. */
-static void set_windows(Model *m, const Json *config) {
+static void set_windows(Model *m, const char *config) {
     int l = 0, W = whole(config, "window_size");
-    for (Json *pair = get(config, "attention_types", '[')->child; pair; pair = pair->next)
-        for (int n = (int)pair->child->next->number; n > 0; n--)
-            for (Json *kind = pair->child->child; kind && l < m->L; kind = kind->next)
-                m->layers[l++].window = !strcmp(kind->text, "local") ? W : 0;
+    for (const char *pair = first(get(config, "attention_types", "[")); pair; pair = next(pair)) {
+        const char *kinds = first(pair), *times = kinds ? next(kinds) : NULL;
+        for (int n = times ? (int)strtol(times, NULL, 10) : 0; n > 0; n--)
+            for (const char *kind = first(kinds); kind && l < m->L; kind = next(kind))
+                m->layers[l++].window = !strcmp(text_of(kind), "local") ? W : 0;
+    }
     if (l != m->L) fail("attention_types has %d layers, not %d", l, m->L);
 }
 
@@ -407,11 +394,11 @@ static const char *names_of[2][NAMES] = {
      "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm",
      "embed_out"}};
 
-static Model read_config(const Json *config) {
-    Model m = {.neox = !strcmp(get(config, "model_type", '"')->text, "gpt_neox")};
-    const char *act = get(config, m.neox ? "hidden_act" : "activation_function", '"')->text;
+static Model read_config(const char *config) {
+    Model m = {.neox = !strcmp(word(config, "model_type"), "gpt_neox")};
+    const char *act = word(config, m.neox ? "hidden_act" : "activation_function");
     m.exact_gelu = !strcmp(act, "gelu");       /* gelu_new, gelu_fast, gelu_pytorch_tanh are one */
-    m.eps = (float)get(config, m.neox ? "layer_norm_eps" : "layer_norm_epsilon", '0')->number;
+    m.eps = (float)number(config, m.neox ? "layer_norm_eps" : "layer_norm_epsilon");
     m.V = whole(config, "vocab_size"), m.C = whole(config, "hidden_size");
     m.H = whole(config, m.neox ? "num_attention_heads" : "num_heads"), m.D = m.C / m.H;
     m.L = whole(config, m.neox ? "num_hidden_layers" : "num_layers");
@@ -421,14 +408,14 @@ static Model read_config(const Json *config) {
         set_windows(&m, config);
         return m;
     }
-    m.R = (int)(m.D * get(config, "rotary_pct", '0')->number);
-    m.rotary_base = (float)get(config, "rotary_emb_base", '0')->number;
+    m.R = (int)(m.D * number(config, "rotary_pct"));
+    m.rotary_base = (float)number(config, "rotary_emb_base");
     m.parallel = yes(config, "use_parallel_residual");
     return m;
 }
 
 static Model load(const char *folder) {
-    Json *config = read_json(name_of("%s/config.json", folder));
+    const char *config = read_json(name_of("%s/config.json", folder));
     Model m = read_config(config);
     Tensors file = open_tensors(name_of("%s/model.safetensors", folder));
     const char **names = names_of[m.neox];
@@ -462,16 +449,13 @@ static Model load(const char *folder) {
 
 /* The ids that follow the prompt, first without the cache and then with it. */
 static void answer_greedy(Model *m, const char *folder, const char *answers) {
-    Json *task = read_json(name_of("%s/greedy.json", folder));
+    const char *task = read_json(name_of("%s/greedy.json", folder));
     FILE *file = fopen(name_of("%s/greedy.json", answers), "w");
-    int T = 0, count = 0;
-    for (Json *id = get(task, "prompt", '[')->child; id; id = id->next) T++;
-    for (Json *id = get(task, "continuation", '[')->child; id; id = id->next) count++;
     if (!file) fail("%s cannot be written", answers);
     for (int cached = 0; cached < 2; cached++) {
-        int *ids = take(T + count, sizeof(int)), *next = ids;
-        for (Json *id = get(task, "prompt", '[')->child; id; id = id->next)
-            *next++ = (int)id->number;
+        int T, count, *prompt = integers(get(task, "prompt", "["), &T);
+        integers(get(task, "continuation", "["), &count);
+        int *ids = memcpy(take(T + count, sizeof(int)), prompt, T * sizeof(int));
         greedy(m, ids, T, count, cached);
         fputs(cached ? ", \"cached_continuation\": [" : "{\"continuation\": [", file);
         for (int i = T; i < T + count; i++) fprintf(file, "%s%d", i > T ? ", " : "", ids[i]);
@@ -499,9 +483,11 @@ static void answer_case(const char *folder, const char *answers) {
 
 int main(int count, char **arguments) {
     if (count != 3) fail("usage: port VECTORS ANSWERS");
-    Json *about = read_json(name_of("%s/vectors.json", arguments[1]));
+    const char *about = read_json(name_of("%s/vectors.json", arguments[1]));
     mkdir(arguments[2], 0755);
-    for (Json *c = get(about, "cases", '{')->child; c; c = c->next)
-        answer_case(name_of("%s/%s", arguments[1], c->key), name_of("%s/%s", arguments[2], c->key));
+    for (const char *key = first(get(about, "cases", "{")); key; key = next(next(key))) {
+        const char *name = text_of(key);
+        answer_case(name_of("%s/%s", arguments[1], name), name_of("%s/%s", arguments[2], name));
+    }
     return 0;
 }
