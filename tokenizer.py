@@ -1,24 +1,25 @@
 """The tokenizers of GPT-Neo and GPT-NeoX, on tiktoken, read from the checkpoint's own files.
 
-Byte-level BPE in five lines:
+Byte-level BPE in five steps:
 
-    1. A regex cuts the text into words; a space goes with the word after it: "Hello", " world".
-    2. Each word becomes its UTF-8 bytes, and every byte is a token: no text is unknown.
-    3. Training joined the commonest pair of neighbours into a new token, 50,000 times over.
+    1. A regex splits the text into words; a space goes with the word after it: "Hello", " world".
+    2. Each word becomes its UTF-8 bytes.  Every byte is a token, so every text can be encoded.
+    3. Training merged the most frequent pair of neighbours into a new token, 50,000 times.
        The list of these merges, in order, is the tokenizer.
-    4. Encoding a word: do the earliest merge in the list that fits, until none fits.
-    5. Decoding: join the bytes of the tokens.  A token may end in the middle of a character.
+    4. To encode a word: apply the earliest merge in the list that fits, until none fits.
+    5. To decode: join the bytes of the tokens.  A token may end in the middle of a character.
 
 The two families:
 
                    GPT-Neo (GPT-2's tokenizer)     GPT-NeoX and Pythia
     files          vocab.json + merges.txt         tokenizer.json
-    normalizing    none: every text comes back     NFC: "e" + accent is the same as "é"
-    runs of spaces left to the regex               2 to 24 spaces are one token, cut out first
+    normalizing    none: decoding gives the text   NFC: "e" + accent is the same as "é"
+    runs of spaces left to the regex               2 to 24 spaces are one token, found first
     "a   b"        "a", " ", " ", " b"             "a", "   ", "b"
 
-so code, which is indented, takes fewer tokens in GPT-NeoX.  Neither adds a begin or end token of
-its own accord, and both recognise "<|endoftext|>" wherever it is written in the text.
+so code, which is indented, takes fewer tokens in GPT-NeoX.  Neither adds a token at the beginning
+or the end of a text, and both recognize "<|endoftext|>" wherever it is written in the text.
+tokenizer_settings.py reads and checks the files.
 """
 
 import codecs
@@ -39,15 +40,18 @@ from tokenizer_settings import (
     UNLIMITED,
     AddedToken,
     check_config,
+    check_vocab,
     content,
     find_files,
-    is_id,
+    is_among,
     is_text,
+    mergeable_ranks,
     read_files,
+    token_bytes,
     wrong,
 )
 
-# GPT-2's regex (openai/gpt-2, src/encoder.py) as tiktoken spells it: the same words, with
+# GPT-2's regex (openai/gpt-2, src/encoder.py) as tiktoken writes it: it finds the same words, with
 # possessive quantifiers (++), which do not backtrack.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -59,9 +63,9 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 def bpe(word, ranks):
     """Byte-pair encoding: the ids of one word, which is given as bytes.
 
-    ranks: {bytes: id} of all tokens.  A merge that was learned earlier has made a smaller id, so
-    the earliest merge that fits is the pair of neighbours that together have the smallest id.
-    Everything below calls tiktoken, which gives the same ids and is about a hundred times faster.
+    ranks: {bytes: id} of all tokens.  Tokens got their ids in the order in which they were learned,
+    so the earliest merge that fits is the pair of neighbours whose joined bytes have the smallest
+    id.  The rest of this file calls tiktoken, which gives the same ids, about 100 times as fast.
     """
     parts = [word[i:i + 1] for i in range(len(word))]
     while True:
@@ -73,26 +77,518 @@ def bpe(word, ranks):
         parts[first:first + 2] = [joined[first]]
 
 
-def byte_alphabet():
-    """{character: byte}: how the files write bytes.  Space is "Ġ", newline "Ċ", "a" is "a".
+# ------------------------------------------------------------------------------------------------
+# The tokenizers
+# ------------------------------------------------------------------------------------------------
 
-    Bytes that would be invisible get the characters from U+0100 on, in increasing order.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    invisible = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(invisible)}
+def named_token(name):
+    """Two properties of Tokenizer for a named token: pad_token and pad_token_id, for example."""
+    def token(self):
+        return self._named[name]
+
+    def set_token(self, token):
+        if token is not None and token not in self._ids:
+            raise ValueError(f"{name} cannot be {shown(token)}: there is no such token, and the model "
+                             f"has no row for it; tokenizer.{name} = tokenizer.eos_token would do")
+        self._named[name] = token
+
+    def id(self):
+        return self._ids.get(self._named[name])
+
+    def set_id(self, id):
+        set_token(self, None if id is None else self._tokens.get(id, f"id {id}"))
+
+    return property(token, set_token), property(id, set_id)
 
 
-BYTE = byte_alphabet()
-NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}                # GPT-NeoX has no tokens for these
+def side(name):
+    """The property padding_side or truncation_side of Tokenizer."""
+    def set_side(self, side):
+        check_option(name, side, ("left", "right"))
+        self.__dict__["_" + name] = side
+    return property(lambda self: self.__dict__["_" + name], set_side)
 
 
-def token_bytes(token):
-    """The bytes that a token stands for.  tokenizers: byte_level.rs, decode_chain."""
-    try:
-        return bytes([BYTE[c] for c in token])
-    except KeyError:                               # an added token such as "    " is plain text
-        return token.encode()
+class Tokenizer:
+    """Text to ids and ids to text, as a checkpoint's files say."""
+    defaults = dict.fromkeys(NAMED)                    # named tokens that no file gives
+    normalizes = None                                  # True, False; None: as tokenizer.json says
+    saved_class = None                                 # the name of transformers' own class
+    is_fast = True
+    bos_token, bos_token_id = named_token("bos_token")
+    eos_token, eos_token_id = named_token("eos_token")
+    unk_token, unk_token_id = named_token("unk_token")
+    sep_token, sep_token_id = named_token("sep_token")
+    pad_token, pad_token_id = named_token("pad_token")
+    cls_token, cls_token_id = named_token("cls_token")
+    mask_token, mask_token_id = named_token("mask_token")
+    padding_side = side("padding_side")                # "left" to generate, "right" to train
+    truncation_side = side("truncation_side")          # the side that is cut off
+
+    # -- text -> ids -----------------------------------------------------------------------------
+
+    def encode(self, text, text_pair=None, **options):
+        """Ids of a text.  Special tokens written in it are recognised; none are added.
+
+        options: those of calling the tokenizer, such as return_tensors="pt", which gives (1, T).
+        """
+        if text_pair is not None or options:
+            return self(text, text_pair, **options)["input_ids"]
+        return self._encode(text)
+
+    def _encode(self, text):
+        """The ids of a text, in the order of tokenizers' added_vocabulary.rs.
+
+        First the added tokens are found in the raw text.  Each piece between them is normalized,
+        and those added tokens are found that are searched for in normalized text (GPT-NeoX's runs
+        of spaces).  Each piece that is left goes through BPE by itself.
+        """
+        if not isinstance(text, str):
+            hint = ": .decode('utf-8') it first" if isinstance(text, bytes) else ""
+            raise TypeError(f"a text must be str, not {type(text).__name__}{hint}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"character {error.start} of the text, {text[error.start]!r}, is half "
+                             "of a surrogate pair, which UTF-8 cannot hold") from None
+        ids = []
+        for i, piece in enumerate(self._cut_raw.split(text)):    # every second piece is a token
+            ids += [self._raw[piece]] if i % 2 else self._encode_piece(piece)
+        return ids
+
+    def _encode_piece(self, text):
+        ids = []
+        for i, piece in enumerate(self._cut_normalized.split(self._normalize(text))):
+            if i % 2:
+                ids.append(self._normalized[piece])
+            elif piece:
+                for part in cut_long_space(piece):
+                    ids += self._bpe.encode_ordinary(part)
+        return ids
+
+    def _normalize(self, text):
+        return nfc(text) if self._nfc else text
+
+    def tokenize(self, text, pair=None, add_special_tokens=False):
+        """The tokens of a text as they are written in the files: ["Hello", "Ġworld"]."""
+        return self.convert_ids_to_tokens(self._encode(text) + (self._encode(pair) if pair else []))
+
+    def __call__(self, text, text_pair=None, *, return_tensors=None, padding=False, truncation=None,
+                 max_length=None, pad_to_multiple_of=None, padding_side=None, add_special_tokens=True,
+                 return_attention_mask=None, return_token_type_ids=None, **neutral):
+        """One text or a list of B texts -> Encoding with input_ids and attention_mask, each (B, T).
+
+        text_pair: a second text for each, whose ids are appended; pairs cannot be truncated.
+        padding, pad_to_multiple_of, padding_side: as for pad.  truncation: to max_length or
+        model_max_length, on the truncation_side; max_length alone switches it on.  return_tensors:
+        "pt", "np" or None (lists).  add_special_tokens has no effect: these tokenizers add none.
+        return_token_type_ids: 0 for the ids of text and 1 for those of text_pair.
+        Raises TypeError or ValueError, naming the argument, for what is not supported.
+        """
+        if not isinstance(text, (str, list, tuple)):
+            raise TypeError(f"tokenized is a str or a list of str, not {type(text).__name__}")
+        check_neutral("calling a tokenizer", neutral, NEUTRAL_IN_CALL)
+        check_option("padding", padding, (False, None, True, "longest", "max_length", "do_not_pad"))
+        check_option("truncation", truncation,
+                     (False, None, True, "longest_first", "only_first", "do_not_truncate"))
+        check_count("max_length", max_length)
+        rows = [self._encode(t) for t in ([text] if isinstance(text, str) else text)]
+        if not rows:
+            raise ValueError("the list of texts is empty")
+        if truncation is None and max_length and padding is False:         # as in transformers
+            truncation = True
+        truncation = truncation not in (None, False, "do_not_truncate")
+        pairs = self._encode_pairs(text, text_pair, rows, truncation)
+        if truncation:
+            rows = self._truncate(rows, max_length or self.model_max_length,
+                                  padding and pad_to_multiple_of)
+        out = {"input_ids": [row + pair for row, pair in zip(rows, pairs)],
+               "token_type_ids": [[0] * len(row) + [1] * len(pair) for row, pair in zip(rows, pairs)],
+               "attention_mask": [[1] * (len(row) + len(pair)) for row, pair in zip(rows, pairs)]}
+        wanted = dict(token_type_ids=return_token_type_ids, attention_mask=return_attention_mask)
+        for name, want in wanted.items():
+            if not (name in self.model_input_names if want is None else want):
+                del out[name]
+        self._pad(out, padding, max_length, pad_to_multiple_of, padding_side)
+        if return_tensors is None and isinstance(text, str):
+            return Encoding({name: rows[0] for name, rows in out.items()})
+        return as_tensors(out, return_tensors)
+
+    batch_encode_plus = encode_plus = __call__
+
+
+    def _encode_pairs(self, text, text_pair, rows, truncation):
+        """The ids of the second texts; [] for each text where there is none."""
+        if text_pair is None:
+            return [[] for _ in rows]
+        pairs = [text_pair] if isinstance(text_pair, str) else text_pair
+        if len(pairs) != len(rows) or isinstance(text, str) != isinstance(text_pair, str):
+            raise ValueError(f"{len(rows)} texts, but text_pair has {len(pairs)}")
+        if truncation:
+            raise ValueError("pairs of texts are not truncated here: leave out truncation and max_length")
+        return [self._encode(pair) for pair in pairs]
+
+    def _truncate(self, rows, length, multiple):
+        """At most `length` ids of each row.  multiple: what the rows will be padded to, or None."""
+        if multiple and length < UNLIMITED and length % multiple:
+            raise ValueError(f"truncation to {length} tokens, which is not a multiple of "
+                             f"pad_to_multiple_of ({multiple})")
+        return [row[-length:] if self.truncation_side == "left" else row[:length] for row in rows]
+
+    def pad(self, encoded, padding=True, max_length=None, pad_to_multiple_of=None, padding_side=None,
+            return_attention_mask=None, return_tensors=None, verbose=True):
+        """Pad what calling the tokenizer returned, a dict or a list of dicts, to one length.
+
+        padding: True or "longest"; "max_length", which means max_length or model_max_length; or
+        False.  pad_to_multiple_of: round that length up to a multiple.  padding_side: default is
+        the tokenizer's own.  Values other than ids and masks, such as labels, stay as they are.
+        Raises ValueError if the tokenizer has no pad token.
+        """
+        if isinstance(encoded, (list, tuple)):
+            if not encoded or not all(isinstance(row, dict) for row in encoded):
+                raise TypeError("pad takes a dict with input_ids, or a list of such dicts")
+            encoded = {name: [row[name] for row in encoded] for name in encoded[0]}
+        if not isinstance(encoded, dict) or "input_ids" not in encoded:
+            raise ValueError("pad needs input_ids: give it what calling the tokenizer returned")
+        if return_tensors is None:
+            return_tensors = tensor_kind(encoded["input_ids"])
+        out = {name: as_lists(value) for name, value in encoded.items()}
+        alone = bool(out["input_ids"]) and isinstance(out["input_ids"][0], int)
+        if alone:
+            out = {name: [value] for name, value in out.items()}
+        if len({len(rows) for rows in out.values()}) > 1:
+            raise ValueError("pad needs as many rows of each: " + ", ".join(
+                f"{name} has {len(rows)}" for name, rows in out.items()))
+        usual = return_attention_mask is None and "attention_mask" in self.model_input_names
+        if return_attention_mask or usual:
+            out.setdefault("attention_mask", [[1] * len(row) for row in out["input_ids"]])
+        self._pad(out, padding, max_length, pad_to_multiple_of, padding_side)
+        if alone:
+            out = {name: rows[0] for name, rows in out.items()}
+        return as_tensors(out, return_tensors)
+
+    def _pad(self, out, padding, max_length, multiple, padding_side):
+        """Pad in place the rows of input_ids, and of all else that has a value for each id."""
+        check_option("padding", padding, (False, None, True, "longest", "max_length", "do_not_pad"))
+        check_option("padding_side", padding_side, (None, "left", "right"))
+        check_count("pad_to_multiple_of", multiple)
+        check_count("max_length", max_length)
+        if padding in (False, None, "do_not_pad") or not out["input_ids"]:
+            return
+        length = self._padded_length(out["input_ids"], padding, max_length)
+        length += -length % (multiple or 1)
+        fills = dict(input_ids=self.pad_token_id, attention_mask=0, token_type_ids=0, special_tokens_mask=1)
+        left = (padding_side or self.padding_side) == "left"
+        for name in fills.keys() & out.keys():
+            filled = [(row, [fills[name]] * (length - len(row))) for row in out[name]]
+            out[name] = [fill + row if left else row + fill for row, fill in filled]
+
+    def _padded_length(self, rows, padding, max_length):
+        if self.pad_token is None:
+            raise ValueError("padding needs a pad token, and this tokenizer has none: set "
+                             "tokenizer.pad_token = tokenizer.eos_token (the mask will hide it)")
+        if padding != "max_length":
+            return max(map(len, rows))
+        if (length := max_length or self.model_max_length) >= UNLIMITED:
+            raise ValueError("padding='max_length' needs max_length: the checkpoint gives none")
+        return length
+
+    # -- ids -> text -----------------------------------------------------------------------------
+
+    def _pieces(self, ids, skip_special_tokens):
+        """The bytes of each id; none for an id >= len(self), which some models have rows for."""
+        skip = self._special_ids if skip_special_tokens else ()
+        return (b"" if i in skip else self._bytes.get(i, b"") for i in ids)
+
+    def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **neutral):
+        """The text of a list or tensor of ids, or of one id.  Bytes that are no UTF-8 give U+FFFD.
+
+        clean_up_tokenization_spaces has no effect: transformers 5 ignores it for BPE as well.
+        """
+        check_option("clean_up_tokenization_spaces", clean_up_tokenization_spaces, (None, False, True))
+        check_neutral("decode", neutral, NEUTRAL_IN_DECODE)
+        if clean_up_tokenization_spaces:
+            warnings.warn("clean_up_tokenization_spaces=True is ignored for a byte-level BPE", stacklevel=2)
+        return b"".join(self._pieces(id_list(ids), skip_special_tokens)).decode("utf-8", "replace")
+
+    def batch_decode(self, rows, skip_special_tokens=False, **options):
+        """The texts of many rows of ids, such as model.generate returns."""
+        return [self.decode(row, skip_special_tokens, **options) for row in rows]
+
+    def stream(self, ids, skip_special_tokens=False):
+        """Yield the text of ids while they arrive; joined, the pieces are what decode returns.
+
+        Bytes of an incomplete character are kept back until the character is complete.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for id in ids:
+            if text := utf8.decode(b"".join(self._pieces(id_list(id), skip_special_tokens))):
+                yield text
+        if text := utf8.decode(b"", final=True):
+            yield text
+
+    # -- tokens and ids --------------------------------------------------------------------------
+
+    def __len__(self):
+        return len(self._ids)                          # a model's embedding may have more rows
+
+    def get_vocab(self):
+        """{token: id} of all tokens, the added ones among them."""
+        return dict(self._ids)
+
+    vocab = property(get_vocab)
+
+    def get_added_vocab(self):
+        """{token: id} of the added tokens, in increasing id."""
+        return {text: self._ids[text] for text in sorted(self._added, key=self._ids.get)}
+
+    added_tokens_encoder = property(get_added_vocab)
+
+    @property
+    def special_tokens_map(self):
+        """{name: token} of the named tokens that there are."""
+        return {name: token for name, token in self._named.items() if token is not None}
+
+    @property
+    def all_special_tokens(self):
+        """The named tokens, then the extra special tokens, each once."""
+        return list(dict.fromkeys([*self.special_tokens_map.values(), *self.extra_special_tokens]))
+
+    @property
+    def all_special_ids(self):
+        return self.convert_tokens_to_ids(self.all_special_tokens)
+
+    def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
+        """The tokens as written in the files ("Ġworld"); None for an id without a token."""
+        skip = {self._ids[token] for token in self.all_special_tokens} if skip_special_tokens else ()
+        tokens = [self._tokens.get(i) for i in id_list(ids) if i not in skip or isinstance(ids, int)]
+        return tokens[0] if isinstance(ids, int) else tokens
+
+    def convert_tokens_to_ids(self, tokens):
+        """The ids of tokens; a ValueError for an unknown token, not the id of unk_token."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        if tokens not in self._ids:
+            raise ValueError(f"the vocabulary has no token {shown(tokens)} (a space is written 'Ġ')")
+        return self._ids[tokens]
+
+    def convert_tokens_to_string(self, tokens):
+        """The text of tokens, which are given as written in the files."""
+        return b"".join(map(token_bytes, tokens)).decode("utf-8", "replace")
+
+    def num_special_tokens_to_add(self, pair=False):
+        return 0
+
+    # -- more tokens -----------------------------------------------------------------------------
+
+    def add_tokens(self, tokens, special_tokens=False):
+        """Add tokens after the last id, and return how many of them were new.
+
+        tokens: a text, an AddedToken, or a list of them.  Call
+        model.resize_token_embeddings(len(tokenizer)) before you give the model their ids.
+        """
+        if isinstance(tokens, AddedToken) or not isinstance(tokens, (list, tuple)):
+            tokens = [tokens]
+        tokens = [as_added_token(token, special_tokens) for token in tokens]
+        count = self._add(tokens)
+        self._index()
+        return count
+
+    def add_special_tokens(self, special_tokens, replace_extra_special_tokens=True):
+        """Set {"pad_token": "<pad>", "extra_special_tokens": [...]}, and add the new ones."""
+        tokens, named, extra = [], {}, list(self.extra_special_tokens)
+        for name, value in special_tokens.items():
+            if name in EXTRA and isinstance(value, (list, tuple)):
+                new = [as_added_token(token, True) for token in value]
+                texts = [token.content for token in new]
+                extra = texts if texts and replace_extra_special_tokens else extra + [
+                    text for text in texts if text not in extra]
+                tokens += new
+            elif name in NAMED:
+                tokens.append(as_added_token(value, True))
+                named[name] = tokens[-1].content
+            else:
+                raise ValueError(f"{shown(name)} is not a special token; they are {', '.join(NAMED)} "
+                                 f"and {EXTRA[0]}, which is a list")
+        count = self.add_tokens(tokens)
+        self._named |= named
+        self.extra_special_tokens = extra
+        return count
+
+    def _add(self, tokens):
+        """Add tokens with the ids that `tokenizers` gives them; return how many changed anything.
+
+        As in `tokenizers`, the first free id is looked up once, before the first token is added.
+        """
+        free = max([self.vocab_size - 1, *(self._ids[text] for text in self._added)]) + 1
+        changed = 0
+        for token in tokens:
+            text = token.content
+            if text not in self._ids:
+                if free in self._taken:
+                    raise wrong(self._source, f"added token {shown(text)}",
+                                f"would have id {free}, which is taken")
+                self._ids[text] = free
+                self._taken.add(free)
+                free += 1
+            token = token._replace(id=self._ids[text])
+            changed += self._added.get(text) != token
+            self._added[text] = token
+            if token.special:                          # and stays special, as in `tokenizers`
+                self._special.add(text)
+        return changed
+
+    # -- files -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, *, revision=None, cache_dir=None, local_files_only=False,
+                        token=None, **overrides):
+        """Read the tokenizer of a checkpoint: a folder or a hub id.
+
+        overrides: values of tokenizer_settings.CONFIG, such as pad_token or padding_side, which
+        replace those of the files.  Raises OSError for files that are missing, ValueError, naming
+        file and field, for what is not supported, and TypeError for an unknown argument.
+        """
+        hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        neutral = {name: overrides.pop(name) for name in NEUTRAL_IN_LOADING if name in overrides}
+        check_neutral("from_pretrained", neutral, NEUTRAL_IN_LOADING)
+        if unknown := overrides.keys() - CONFIG.keys():
+            raise TypeError(f"from_pretrained does not know {', '.join(sorted(unknown))}; it knows "
+                            f"revision, cache_dir, local_files_only, token, {', '.join(CONFIG)}")
+        check_config("from_pretrained", overrides, cls, False)
+        paths = find_files(name_or_folder, revision, **{name: v for name, v in hub.items() if v})
+        tokenizer = cls(paths, overrides)
+        tokenizer.name_or_path = str(name_or_folder)
+        return tokenizer
+
+    def __init__(self, paths, overrides):
+        read = read_files(paths, overrides, type(self))
+        self._files = {name: path.read_bytes() for name, path in paths.items()}
+        check_vocab(read.source, read.vocab)
+        self._source, self._nfc, self._config = read.source, read.nfc, read.config
+        self._bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={}, mergeable_ranks=(
+            mergeable_ranks(read.source, read.vocab, read.merges)))
+        self.vocab_size = len(read.vocab)              # without added tokens, as in transformers
+        self._ids, self._taken = dict(read.vocab), set(read.vocab.values())
+        self._added, self._special = {}, set()
+        self._add_all(read)
+        self._index()
+        self.padding_side = read.config.get("padding_side", "right")
+        self.truncation_side = read.config.get("truncation_side", "right")
+        length = read.config.get("model_max_length", read.config.get("max_len"))
+        self.model_max_length = int(length or UNLIMITED)
+        self.model_input_names = read.config.get("model_input_names", ["input_ids", "attention_mask"])
+
+    def _add_all(self, read):
+        """Add the tokens of the files, in the order of transformers' TokenizersBackend.
+
+        A token without an id gets the next free one.  transformers does not read the ids in the
+        files; so an id that is given there must be the one that transformers would assign.
+        """
+        named = {name: read.config.get(name, default) for name, default in self.defaults.items()}
+        self._named = {name: token and content(token) for name, token in named.items()}
+        extra = read.config.get("extra_special_tokens") or read.config.get("additional_special_tokens") or []
+        self.extra_special_tokens = [content(token) for token in extra]
+        in_file = [] if self.normalizes is not None else read.in_file
+        tokens = [token._replace(special=token.special or token.content in self._named.values())
+                  for token in read.listed]
+        listed = {token.content for token in in_file + tokens}
+        for token in [*named.values(), *extra]:
+            if token is not None and content(token) not in listed:
+                listed.add(content(token))
+                special = content(token) in self._named.values() or (
+                    isinstance(token, str) and token in self.extra_special_tokens)
+                tokens.append(as_added_token(token, special))
+        self._add(in_file)
+        self._add(tokens)
+        for token in read.in_file + read.listed:
+            path = read.source if token in read.in_file else read.lister
+            if self._ids.get(token.content) != token.id:
+                raise wrong(path, f"added token {shown(token.content)}",
+                            f"its id is given as {token.id}, "
+                            f"but would be {self._ids.get(token.content, 'none')} in transformers")
+
+    def _index(self):
+        """Make the tables between tokens, ids and bytes, and the regexes for added tokens."""
+        self._tokens = {id: self._written(text) for text, id in self._ids.items()}
+        self._bytes = {id: token_bytes(text) for id, text in self._tokens.items()}
+        self._special_ids = {id for id, text in self._tokens.items() if text in self._special}
+        self._raw = {text: token.id for text, token in self._added.items() if not token.normalized}
+        self._normalized = {self._written(text): token.id
+                            for text, token in self._added.items() if token.normalized}
+        if len(self._raw) + len(self._normalized) < len(self._added):
+            twins = [text for text in self._added if self._written(text) != text]
+            raise wrong(self._source, f"added token {shown(twins[0])}",
+                        "is the same as another one in normalized text")
+        self._cut_raw, self._cut_normalized = matcher(self._raw), matcher(self._normalized)
+
+    def _written(self, text):
+        """How a token is written in a text: normalized, if it is an added token that says so."""
+        token = self._added.get(text)
+        return self._normalize(text) if token and token.normalized else text
+
+    def save_pretrained(self, folder):
+        """Write the files that were read, unchanged, and tokenizer_config.json with the settings.
+
+        tokenizer.json is changed only where tokens have been added since.  Raises ValueError if
+        the folder has another tokenizer.json, and OSError if it cannot be written.
+        """
+        folder = Path(folder)
+        if "tokenizer.json" not in self._files and (folder / "tokenizer.json").exists():
+            raise ValueError(f"{folder} has a tokenizer.json already, which would be read instead "
+                             "of what is saved now: remove it, or save to another folder")
+        added = {self._ids[text]: dict(
+            content=text, special=text in self._special, lstrip=False, rstrip=False, single_word=False,
+            normalized=self._added[text].normalized) for text in self.get_added_vocab()}
+        config = self._config | self._named | dict(
+            tokenizer_class=self.saved_class, padding_side=self.padding_side,
+            truncation_side=self.truncation_side, model_max_length=self.model_max_length,
+            extra_special_tokens=self.extra_special_tokens, added_tokens_decoder=added)
+        config.pop("additional_special_tokens", None)
+        files = self._files | {"tokenizer_config.json": pretty(config)}
+        if "tokenizer.json" in files:
+            data = json.loads(files["tokenizer.json"])
+            if len(added) > len(data["added_tokens"]):
+                data["added_tokens"] = [dict(id=id, **token) for id, token in added.items()]
+                files["tokenizer.json"] = pretty(data)
+        essential = "tokenizer.json" if "tokenizer.json" in files else "vocab.json"
+        write_files(folder, dict(sorted(files.items(), key=lambda file: file[0] == essential)))
+
+
+class GPT2Tokenizer(Tokenizer):
+    """The tokenizer of GPT-Neo.  It has no pad token unless the files or the caller name one."""
+    defaults = Tokenizer.defaults | dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")
+    normalizes = False
+    saved_class = "GPT2Tokenizer"
+
+
+class GPTNeoXTokenizerFast(Tokenizer):
+    """The tokenizer of GPT-NeoX and Pythia, under transformers' name."""
+    defaults = GPT2Tokenizer.defaults | {"pad_token": "<|padding|>"}
+    normalizes = True
+    saved_class = "GPTNeoXTokenizer"
+
+
+class PreTrainedTokenizerFast(Tokenizer):
+    """A tokenizer.json of another kind, as in Polyglot-Ko; it has no named tokens by default."""
+    saved_class = "PreTrainedTokenizerFast"
+
+
+# transformers' names, as tokenizer_config.json gives them in tokenizer_class.
+CLASSES = {
+    "GPT2Tokenizer": GPT2Tokenizer, "GPT2TokenizerFast": GPT2Tokenizer,
+    "GPTNeoXTokenizer": GPTNeoXTokenizerFast, "GPTNeoXTokenizerFast": GPTNeoXTokenizerFast,
+    "PreTrainedTokenizerFast": PreTrainedTokenizerFast, "TokenizersBackend": PreTrainedTokenizerFast}
+
+
+def class_named(name, path, has_json):
+    """The class for the tokenizer_class in the file `path`; ValueError for an unsupported one."""
+    if isinstance(name, str) and name in CLASSES:
+        return CLASSES[name]
+    if has_json and isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer":
+        return PreTrainedTokenizerFast                 # as transformers does where it is byte-level
+    raise wrong(path, "tokenizer_class", f"{shown(name)} is not supported; supported are {', '.join(CLASSES)}: "
+                                         "use transformers' tokenizer for it")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,33 +628,34 @@ NEUTRAL_IN_LOADING = {
 
 
 def check_neutral(function, arguments, neutral):
-    """Raises TypeError for an argument that is unknown, or not at a value that changes nothing."""
+    """Raise TypeError for an unknown argument, and for a value that would change something."""
     for name, value in arguments.items():
         if name not in neutral:
             raise TypeError(f"{function} does not know {shown(name)}")
-        if not any(type(value) is type(n) and value == n for n in neutral[name]):
+        if not is_among(value, neutral[name]):
             raise TypeError(f"{function}: {name}={shown(value)} is not implemented here; accepted is "
                             + " or ".join(map(repr, neutral[name])))
 
 
 def check_option(name, value, supported):
-    if not any(type(value) is type(s) and value == s for s in supported):
+    """Raise ValueError unless the value is one of the supported ones."""
+    if not is_among(value, supported):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, supported))}, not {shown(value)}")
 
 
 def check_count(name, value):
-    """A length: None, or a whole number above 0."""
+    """Raise ValueError unless the value is None or an int above 0."""
     if value is not None and not (type(value) is int and value > 0):
         raise ValueError(f"{name} must be a whole number, at least 1, not {shown(value)}")
 
 
 def tensor(rows, kind):
-    """(B, T) int64, for kind "pt" a tensor and for "np" an array."""
+    """Rows of ids as (B, T) int64: a tensor for kind "pt", an array for "np"."""
     if len(lengths := {len(row) for row in rows}) > 1:
         raise ValueError(f"the texts have {min(lengths)} to {max(lengths)} tokens, and a tensor "
                          "needs rows of one length: pass padding=True")
     if kind == "np":
-        import numpy  # here, as torch: the rest of this file does without
+        import numpy  # only here, like torch: the rest of this file does not need them
         return numpy.array(rows, dtype=numpy.int64)
     import torch
     return torch.tensor(rows, dtype=torch.long)
@@ -177,515 +674,6 @@ def id_list(ids):
         raise ValueError(f"ids are not negative, but one is {min(ids)} (-100 is for labels only)")
     return ids
 
-
-def named_token(name):
-    """The properties of a named token, such as pad_token and pad_token_id.  Both can be set."""
-    def token(self):
-        return self._named[name]
-
-    def set_token(self, token):
-        if token is not None and token not in self._ids:
-            raise ValueError(f"{name} cannot be {shown(token)}: there is no such token, and the model "
-                             f"has no row for it; tokenizer.{name} = tokenizer.eos_token would do")
-        self._named[name] = token
-
-    def id(self):
-        return self._ids.get(self._named[name])
-
-    def set_id(self, id):
-        set_token(self, None if id is None else self._tokens.get(id, f"id {id}"))
-
-    return property(token, set_token), property(id, set_id)
-
-
-def side(name):
-    """The property padding_side or truncation_side."""
-    def set_side(self, side):
-        check_option(name, side, ("left", "right"))
-        self.__dict__["_" + name] = side
-    return property(lambda self: self.__dict__["_" + name], set_side)
-
-
-# ------------------------------------------------------------------------------------------------
-# The tokenizers
-# ------------------------------------------------------------------------------------------------
-
-class Tokenizer:
-    """Reads a checkpoint's files; turns text into ids and ids into text."""
-    defaults = dict.fromkeys(NAMED)                    # where no file says otherwise
-    normalizes = None                                  # True, False, or as tokenizer.json says
-    saved_class = None                                 # by this name transformers finds its own
-    is_fast = True
-    bos_token, bos_token_id = named_token("bos_token")
-    eos_token, eos_token_id = named_token("eos_token")
-    unk_token, unk_token_id = named_token("unk_token")
-    sep_token, sep_token_id = named_token("sep_token")
-    pad_token, pad_token_id = named_token("pad_token")
-    cls_token, cls_token_id = named_token("cls_token")
-    mask_token, mask_token_id = named_token("mask_token")
-    padding_side = side("padding_side")                # "left" to generate, "right" to train
-    truncation_side = side("truncation_side")          # the side that is cut off
-
-    # -- text -> ids -----------------------------------------------------------------------------
-
-    def encode(self, text, text_pair=None, **options):
-        """Ids of a text.  Special tokens written in it are recognised; none are added.
-
-        options: those of calling the tokenizer, such as return_tensors="pt", which gives (1, T).
-        """
-        if text_pair is not None or options:
-            return self(text, text_pair, **options)["input_ids"]
-        return self._encode(text)
-
-    def _encode(self, text):
-        """In the order of tokenizers' added_vocabulary.rs, extract_and_normalize.
-
-        Cut added tokens out of the raw text; normalize each piece left; cut out those that are
-        looked for in normalized text (GPT-NeoX's runs of spaces); each piece left then goes
-        through BPE by itself.
-        """
-        if not isinstance(text, str):
-            hint = ": .decode('utf-8') it first" if isinstance(text, bytes) else ""
-            raise TypeError(f"a text must be str, not {type(text).__name__}{hint}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"character {error.start} of the text, {text[error.start]!r}, is half "
-                             "of a surrogate pair, which UTF-8 cannot hold") from None
-        ids = []
-        for i, piece in enumerate(self._cut_raw.split(text)):    # every second piece is a token
-            ids += [self._raw[piece]] if i % 2 else self._encode_piece(piece)
-        return ids
-
-    def _encode_piece(self, text):
-        ids = []
-        for i, piece in enumerate(self._cut_normalized.split(self._normalize(text))):
-            if i % 2:
-                ids.append(self._normalized[piece])
-            elif piece:
-                for part in cut_long_space(piece):
-                    ids += self._bpe.encode_ordinary(part)
-        return ids
-
-    def _normalize(self, text):
-        return nfc(text) if self._nfc else text
-
-    def tokenize(self, text, pair=None, add_special_tokens=False):
-        """The tokens of a text as the files write them: ["Hello", "Ġworld"]."""
-        return self.convert_ids_to_tokens(self._encode(text) + (self._encode(pair) if pair else []))
-
-    def __call__(self, text, text_pair=None, *, return_tensors=None, padding=False, truncation=None,
-                 max_length=None, pad_to_multiple_of=None, padding_side=None, add_special_tokens=True,
-                 return_attention_mask=None, return_token_type_ids=None, **neutral):
-        """One text or a list of them -> Encoding(input_ids, attention_mask), for **inputs.
-
-        text_pair: a second text for each, whose ids follow at once; pairs are not truncated.
-        padding, pad_to_multiple_of, padding_side: as for pad.  truncation: on truncation_side, to
-        max_length or model_max_length; max_length alone switches it on.  return_tensors: "pt",
-        "np" or None (lists).  add_special_tokens: taken either way, for there are none to add.
-        return_token_type_ids: 0 for the ids of text and 1 for those of text_pair.
-        """
-        if not isinstance(text, (str, list, tuple)):
-            raise TypeError(f"tokenized is a str or a list of str, not {type(text).__name__}")
-        check_neutral("calling a tokenizer", neutral, NEUTRAL_IN_CALL)
-        check_option("padding", padding, (False, None, True, "longest", "max_length", "do_not_pad"))
-        check_option("truncation", truncation,
-                     (False, None, True, "longest_first", "only_first", "do_not_truncate"))
-        check_count("max_length", max_length)
-        texts = [text] if isinstance(text, str) else text
-        rows = [self._encode(t) for t in texts]
-        if not rows:
-            raise ValueError("the list of texts is empty")
-        if truncation is None and max_length and padding is False:         # as in transformers
-            truncation = True
-        truncation = truncation not in (None, False, "do_not_truncate")
-        pairs = self._encode_pairs(text, text_pair, rows, truncation)
-        if truncation:
-            rows = self._truncate(rows, max_length or self.model_max_length,
-                                  padding and pad_to_multiple_of)
-        out = {"input_ids": [row + pair for row, pair in zip(rows, pairs)],
-               "token_type_ids": [[0] * len(row) + [1] * len(pair) for row, pair in zip(rows, pairs)],
-               "attention_mask": [[1] * (len(row) + len(pair)) for row, pair in zip(rows, pairs)]}
-        wanted = dict(token_type_ids=return_token_type_ids, attention_mask=return_attention_mask)
-        for name, want in wanted.items():
-            if not (name in self.model_input_names if want is None else want):
-                del out[name]
-        self._pad(out, padding, max_length, pad_to_multiple_of, padding_side)
-        if return_tensors is None and isinstance(text, str):
-            return Encoding({name: rows[0] for name, rows in out.items()})
-        return as_tensors(out, return_tensors)
-
-    batch_encode_plus = encode_plus = __call__
-
-    def _encode_pairs(self, text, text_pair, rows, truncation):
-        """The ids of the second texts; [] for each text where there is none."""
-        if text_pair is None:
-            return [[] for _ in rows]
-        pairs = [text_pair] if isinstance(text_pair, str) else text_pair
-        if len(pairs) != len(rows) or isinstance(text, str) != isinstance(text_pair, str):
-            raise ValueError(f"{len(rows)} texts, but text_pair has {len(pairs)}")
-        if truncation:
-            raise ValueError("pairs of texts are not truncated here: leave out truncation and max_length")
-        return [self._encode(pair) for pair in pairs]
-
-    def _truncate(self, rows, length, multiple):
-        """At most `length` ids of each row.  multiple: what the rows will be padded to, or None."""
-        if multiple and length < UNLIMITED and length % multiple:
-            raise ValueError(f"truncation to {length} tokens, which is not a multiple of "
-                             f"pad_to_multiple_of ({multiple})")
-        return [row[-length:] if self.truncation_side == "left" else row[:length] for row in rows]
-
-    def pad(self, encoded, padding=True, max_length=None, pad_to_multiple_of=None, padding_side=None,
-            return_attention_mask=None, return_tensors=None, verbose=True):
-        """Rows of one length, from what calling the tokenizer gave: a dict, or a list of dicts.
-
-        padding: True or "longest", "max_length" (max_length or model_max_length), or False.
-        pad_to_multiple_of: then up to the next multiple.  padding_side: in place of the tokenizer's
-        own.  What is neither ids nor a mask, such as labels, is left as it is.
-        """
-        if isinstance(encoded, (list, tuple)):
-            if not encoded or not all(isinstance(row, dict) for row in encoded):
-                raise TypeError("pad takes a dict with input_ids, or a list of such dicts")
-            encoded = {name: [row[name] for row in encoded] for name in encoded[0]}
-        if not isinstance(encoded, dict) or "input_ids" not in encoded:
-            raise ValueError("pad needs input_ids: give it what calling the tokenizer returned")
-        if return_tensors is None:
-            return_tensors = tensor_kind(encoded["input_ids"])
-        out = {name: as_lists(value) for name, value in encoded.items()}
-        alone = bool(out["input_ids"]) and isinstance(out["input_ids"][0], int)
-        if alone:
-            out = {name: [value] for name, value in out.items()}
-        if len({len(rows) for rows in out.values()}) > 1:
-            raise ValueError("pad needs as many rows of each: " + ", ".join(
-                f"{name} has {len(rows)}" for name, rows in out.items()))
-        usual = return_attention_mask is None and "attention_mask" in self.model_input_names
-        if return_attention_mask or usual:
-            out.setdefault("attention_mask", [[1] * len(row) for row in out["input_ids"]])
-        self._pad(out, padding, max_length, pad_to_multiple_of, padding_side)
-        if alone:
-            out = {name: rows[0] for name, rows in out.items()}
-        return as_tensors(out, return_tensors)
-
-    def _pad(self, out, padding, max_length, multiple, padding_side):
-        """Fills up the rows of input_ids and of what goes with each id, in place."""
-        check_option("padding", padding, (False, None, True, "longest", "max_length", "do_not_pad"))
-        check_option("padding_side", padding_side, (None, "left", "right"))
-        check_count("pad_to_multiple_of", multiple)
-        check_count("max_length", max_length)
-        if padding in (False, None, "do_not_pad") or not out["input_ids"]:
-            return
-        length = self._padded_length(out["input_ids"], padding, max_length)
-        length += -length % (multiple or 1)
-        fills = dict(input_ids=self.pad_token_id, attention_mask=0, token_type_ids=0, special_tokens_mask=1)
-        left = (padding_side or self.padding_side) == "left"
-        for name in fills.keys() & out.keys():
-            filled = [(row, [fills[name]] * (length - len(row))) for row in out[name]]
-            out[name] = [fill + row if left else row + fill for row, fill in filled]
-
-    def _padded_length(self, rows, padding, max_length):
-        if self.pad_token is None:
-            raise ValueError("padding needs a pad token, and this tokenizer has none: set "
-                             "tokenizer.pad_token = tokenizer.eos_token (the mask will hide it)")
-        if padding != "max_length":
-            return max(map(len, rows))
-        if (length := max_length or self.model_max_length) >= UNLIMITED:
-            raise ValueError("padding='max_length' needs max_length: the checkpoint gives none")
-        return length
-
-    # -- ids -> text -----------------------------------------------------------------------------
-
-    def _pieces(self, ids, skip_special_tokens):
-        """The bytes of each id.  Rows that pad a model's embedding beyond len(self) have none."""
-        skip = self._special_ids if skip_special_tokens else ()
-        return (b"" if i in skip else self._bytes.get(i, b"") for i in ids)
-
-    def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **neutral):
-        """Text of a list or tensor of ids, or of one id.  What is not UTF-8 becomes U+FFFD.
-
-        clean_up_tokenization_spaces changes nothing: transformers 5 ignores it for BPE as well.
-        """
-        check_option("clean_up_tokenization_spaces", clean_up_tokenization_spaces, (None, False, True))
-        check_neutral("decode", neutral, NEUTRAL_IN_DECODE)
-        if clean_up_tokenization_spaces:
-            warnings.warn("clean_up_tokenization_spaces=True is ignored for a byte-level BPE", stacklevel=2)
-        return b"".join(self._pieces(id_list(ids), skip_special_tokens)).decode("utf-8", "replace")
-
-    def batch_decode(self, rows, skip_special_tokens=False, **options):
-        """The texts of many rows of ids, such as model.generate returns."""
-        return [self.decode(row, skip_special_tokens, **options) for row in rows]
-
-    def stream(self, ids, skip_special_tokens=False):
-        """Yields the text of ids as they come.  All of it together is what decode gives.
-
-        Bytes that end in the middle of a character are held back until the character is whole.
-        """
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        for id in ids:
-            if text := utf8.decode(b"".join(self._pieces(id_list(id), skip_special_tokens))):
-                yield text
-        if text := utf8.decode(b"", final=True):
-            yield text
-
-    # -- tokens and ids --------------------------------------------------------------------------
-
-    def __len__(self):
-        return len(self._ids)                          # a model may have more rows than this
-
-    def get_vocab(self):
-        """{token: id} of all tokens, the added ones among them."""
-        return dict(self._ids)
-
-    vocab = property(get_vocab)
-
-    def get_added_vocab(self):
-        """{token: id} of the added tokens, in increasing id."""
-        return {text: self._ids[text] for text in sorted(self._added, key=self._ids.get)}
-
-    added_tokens_encoder = property(get_added_vocab)
-
-    @property
-    def special_tokens_map(self):
-        """{name: token} of the named tokens that there are."""
-        return {name: token for name, token in self._named.items() if token is not None}
-
-    @property
-    def all_special_tokens(self):
-        """The named tokens, then the extra special tokens, each once."""
-        return list(dict.fromkeys([*self.special_tokens_map.values(), *self.extra_special_tokens]))
-
-    @property
-    def all_special_ids(self):
-        return self.convert_tokens_to_ids(self.all_special_tokens)
-
-    def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
-        """Tokens as the files write them ("Ġworld"); None for an id that has none."""
-        skip = {self._ids[token] for token in self.all_special_tokens} if skip_special_tokens else ()
-        tokens = [self._tokens.get(i) for i in id_list(ids) if i not in skip or isinstance(ids, int)]
-        return tokens[0] if isinstance(ids, int) else tokens
-
-    def convert_tokens_to_ids(self, tokens):
-        """The reverse.  A token that does not exist is an error, not the id of unk_token."""
-        if not isinstance(tokens, str):
-            return [self.convert_tokens_to_ids(token) for token in tokens]
-        if tokens not in self._ids:
-            raise ValueError(f"the vocabulary has no token {shown(tokens)} (a space is written 'Ġ')")
-        return self._ids[tokens]
-
-    def convert_tokens_to_string(self, tokens):
-        """The text of tokens as the files write them."""
-        return b"".join(map(token_bytes, tokens)).decode("utf-8", "replace")
-
-    def num_special_tokens_to_add(self, pair=False):
-        return 0
-
-    # -- more tokens -----------------------------------------------------------------------------
-
-    def add_tokens(self, tokens, special_tokens=False):
-        """Adds tokens behind the last id, and returns how many were new.
-
-        tokens: a text, an AddedToken, or a list of them.  A model needs
-        model.resize_token_embeddings(len(tokenizer)) before it sees their ids.
-        """
-        if isinstance(tokens, AddedToken) or not isinstance(tokens, (list, tuple)):
-            tokens = [tokens]
-        tokens = [as_added_token(token, special_tokens) for token in tokens]
-        count = self._add(tokens)
-        self._index()
-        return count
-
-    def add_special_tokens(self, special_tokens, replace_extra_special_tokens=True):
-        """Names tokens, {"pad_token": "<pad>", "extra_special_tokens": [...]}, and adds the new ones."""
-        tokens, named, extra = [], {}, list(self.extra_special_tokens)
-        for name, value in special_tokens.items():
-            if name in EXTRA and isinstance(value, (list, tuple)):
-                new = [as_added_token(token, True) for token in value]
-                texts = [token.content for token in new]
-                extra = texts if texts and replace_extra_special_tokens else extra + [
-                    text for text in texts if text not in extra]
-                tokens += new
-            elif name in NAMED:
-                tokens.append(as_added_token(value, True))
-                named[name] = tokens[-1].content
-            else:
-                raise ValueError(f"{shown(name)} is not a special token; they are {', '.join(NAMED)} "
-                                 f"and {EXTRA[0]}, which is a list")
-        count = self.add_tokens(tokens)
-        self._named |= named
-        self.extra_special_tokens = extra
-        return count
-
-    def _add(self, tokens):
-        """Adds tokens with the ids that `tokenizers` gives them; returns how many changed anything.
-
-        It looks once for the first free id, before it adds the first of these tokens.
-        """
-        free = max([self.vocab_size - 1, *(self._ids[text] for text in self._added)]) + 1
-        changed = 0
-        for token in tokens:
-            text = token.content
-            if text not in self._ids:
-                if free in self._taken:
-                    raise wrong(self._source, f"added token {shown(text)}",
-                                f"would have id {free}, which is taken")
-                self._ids[text] = free
-                self._taken.add(free)
-                free += 1
-            token = token._replace(id=self._ids[text])
-            changed += self._added.get(text) != token
-            self._added[text] = token
-            if token.special:                          # it stays special, whatever is said later
-                self._special.add(text)
-        return changed
-
-    # -- files -----------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder, *, revision=None, cache_dir=None, local_files_only=False,
-                        token=None, **overrides):
-        """From a folder or a hub id.  overrides: the named tokens, padding_side, ..., which come
-        before what the files say, as far as tokenizer_settings.CONFIG allows them."""
-        hub = dict(cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        neutral = {name: overrides.pop(name) for name in NEUTRAL_IN_LOADING if name in overrides}
-        check_neutral("from_pretrained", neutral, NEUTRAL_IN_LOADING)
-        if unknown := overrides.keys() - CONFIG.keys():
-            raise TypeError(f"from_pretrained does not know {', '.join(sorted(unknown))}; it knows "
-                            f"revision, cache_dir, local_files_only, token, {', '.join(CONFIG)}")
-        check_config("from_pretrained", overrides, cls, False)
-        paths = find_files(name_or_folder, revision, **{name: v for name, v in hub.items() if v})
-        tokenizer = cls(paths, overrides)
-        tokenizer.name_or_path = str(name_or_folder)
-        return tokenizer
-
-    def __init__(self, paths, overrides):
-        read = read_files(paths, overrides, type(self))
-        self._files = {name: path.read_bytes() for name, path in paths.items()}
-        check_vocab(read.source, read.vocab)
-        self._source, self._nfc, self._config = read.source, read.nfc, read.config
-        self._bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={}, mergeable_ranks=(
-            mergeable_ranks(read.source, read.vocab, read.merges)))
-        self.vocab_size = len(read.vocab)              # without added tokens, as in transformers
-        self._ids, self._taken = dict(read.vocab), set(read.vocab.values())
-        self._added, self._special = {}, set()
-        self._add_all(read)
-        self._index()
-        self.padding_side = read.config.get("padding_side", "right")
-        self.truncation_side = read.config.get("truncation_side", "right")
-        length = read.config.get("model_max_length", read.config.get("max_len"))
-        self.model_max_length = int(length or UNLIMITED)
-        self.model_input_names = read.config.get("model_input_names", ["input_ids", "attention_mask"])
-
-    def _add_all(self, read):
-        """Adds what the files list and name, in the order of transformers' TokenizersBackend.
-
-        A token without an id gets the next one.  An id that a file gives must be the one that
-        transformers would give, which does not read it.
-        """
-        named = {name: read.config.get(name, default) for name, default in self.defaults.items()}
-        self._named = {name: token and content(token) for name, token in named.items()}
-        extra = read.config.get("extra_special_tokens") or read.config.get("additional_special_tokens") or []
-        self.extra_special_tokens = [content(token) for token in extra]
-        in_file = [] if self.normalizes is not None else read.in_file
-        tokens = [token._replace(special=token.special or token.content in self._named.values())
-                  for token in read.listed]
-        listed = {token.content for token in in_file + tokens}
-        for token in [*named.values(), *extra]:
-            if token is not None and content(token) not in listed:
-                listed.add(content(token))
-                special = content(token) in self._named.values() or (
-                    isinstance(token, str) and token in self.extra_special_tokens)
-                tokens.append(as_added_token(token, special))
-        self._add(in_file)
-        self._add(tokens)
-        for token in read.in_file + read.listed:
-            path = read.source if token in read.in_file else read.lister
-            if self._ids.get(token.content) != token.id:
-                raise wrong(path, f"added token {shown(token.content)}",
-                            f"its id is given as {token.id}, "
-                            f"but would be {self._ids.get(token.content, 'none')} in transformers")
-
-    def _index(self):
-        """The tables between tokens, ids and bytes, and the texts to cut out."""
-        self._tokens = {id: self._written(text) for text, id in self._ids.items()}
-        self._bytes = {id: token_bytes(text) for id, text in self._tokens.items()}
-        self._special_ids = {id for id, text in self._tokens.items() if text in self._special}
-        self._raw = {text: token.id for text, token in self._added.items() if not token.normalized}
-        self._normalized = {self._written(text): token.id
-                            for text, token in self._added.items() if token.normalized}
-        if len(self._raw) + len(self._normalized) < len(self._added):
-            twins = [text for text in self._added if self._written(text) != text]
-            raise wrong(self._source, f"added token {shown(twins[0])}",
-                        "is the same as another one in normalized text")
-        self._cut_raw, self._cut_normalized = matcher(self._raw), matcher(self._normalized)
-
-    def _written(self, text):
-        """How a token is written in text: `tokenizers` normalizes added tokens that say normalized."""
-        token = self._added.get(text)
-        return self._normalize(text) if token and token.normalized else text
-
-    def save_pretrained(self, folder):
-        """Writes the very files that were read, and tokenizer_config.json with today's settings.
-
-        tokenizer.json is written anew where tokens have been added since.
-        """
-        folder = Path(folder)
-        if "tokenizer.json" not in self._files and (folder / "tokenizer.json").exists():
-            raise ValueError(f"{folder} has a tokenizer.json already, which would be read instead "
-                             "of what is saved now: remove it, or save to another folder")
-        added = {self._ids[text]: dict(
-            content=text, special=text in self._special, lstrip=False, rstrip=False, single_word=False,
-            normalized=self._added[text].normalized) for text in self.get_added_vocab()}
-        config = self._config | self._named | dict(
-            tokenizer_class=self.saved_class, padding_side=self.padding_side,
-            truncation_side=self.truncation_side, model_max_length=self.model_max_length,
-            extra_special_tokens=self.extra_special_tokens, added_tokens_decoder=added)
-        config.pop("additional_special_tokens", None)
-        files = self._files | {"tokenizer_config.json": pretty(config)}
-        if "tokenizer.json" in files:
-            data = json.loads(files["tokenizer.json"])
-            if len(added) > len(data["added_tokens"]):
-                data["added_tokens"] = [dict(id=id, **token) for id, token in added.items()]
-                files["tokenizer.json"] = pretty(data)
-        essential = "tokenizer.json" if "tokenizer.json" in files else "vocab.json"
-        write_files(folder, dict(sorted(files.items(), key=lambda file: file[0] == essential)))
-
-
-class GPT2Tokenizer(Tokenizer):
-    """GPT-Neo's.  It has no pad token unless the checkpoint or the caller names one."""
-    defaults = Tokenizer.defaults | dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")
-    normalizes = False
-    saved_class = "GPT2Tokenizer"
-
-
-class GPTNeoXTokenizerFast(Tokenizer):
-    """GPT-NeoX's and Pythia's.  "Fast" is only the name that transformers gave it."""
-    defaults = GPT2Tokenizer.defaults | {"pad_token": "<|padding|>"}
-    normalizes = True
-    saved_class = "GPTNeoXTokenizer"
-
-
-class PreTrainedTokenizerFast(Tokenizer):
-    """A tokenizer.json of another kind than the two families', as Polyglot-Ko has: no defaults."""
-    saved_class = "PreTrainedTokenizerFast"
-
-
-# transformers' names, as tokenizer_config.json gives them in tokenizer_class.
-CLASSES = {
-    "GPT2Tokenizer": GPT2Tokenizer, "GPT2TokenizerFast": GPT2Tokenizer,
-    "GPTNeoXTokenizer": GPTNeoXTokenizerFast, "GPTNeoXTokenizerFast": GPTNeoXTokenizerFast,
-    "PreTrainedTokenizerFast": PreTrainedTokenizerFast, "TokenizersBackend": PreTrainedTokenizerFast}
-
-
-def class_named(name, path, has_json):
-    """The class for tokenizer_class as `path` gives it; ValueError, in one line, for another kind."""
-    if isinstance(name, str) and name in CLASSES:
-        return CLASSES[name]
-    if has_json and isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer":
-        return PreTrainedTokenizerFast                 # as transformers does where it is byte-level
-    raise wrong(path, "tokenizer_class", f"{shown(name)} is not supported; supported are {', '.join(CLASSES)}: "
-                                         "use transformers' tokenizer for it")
-
-
-# -- small helpers -------------------------------------------------------------------------------
 
 def as_added_token(token, special):
     """An AddedToken from a text, an entry of a file, or a token object of transformers'."""
@@ -734,65 +722,12 @@ def as_tensors(out, kind):
     return Encoding({name: tensor(rows, kind) for name, rows in out.items()})
 
 
-
 # ------------------------------------------------------------------------------------------------
-# Checking a vocabulary, and why tiktoken gives what the merges say
+# Cutting text
 # ------------------------------------------------------------------------------------------------
-
-def check_vocab(path, vocab):
-    """Ids are different whole numbers, and every byte of UTF-8 text has one."""
-    for token, id in vocab.items():
-        if not (is_text(token) and is_id(id)):
-            raise wrong(path, f"vocabulary, {shown(token)}",
-                        f"{shown(id)} is not an id (a whole number from 0 to 4294967295) of a text")
-    if len(set(vocab.values())) != len(vocab):
-        raise wrong(path, "vocabulary", "two tokens have the same id")
-    missing = [f"{b:02X}" for c, b in BYTE.items() if c not in vocab and b not in NEVER_IN_UTF8]
-    if missing:
-        raise wrong(path, "vocabulary", f"is not byte-level: {len(missing)} of the bytes have no "
-                                        f"token, such as {missing[0]}")
-
-
-def rival(left, right, vocab, halves):
-    """The pair, if any, that merges across the seam of left|right before both have come about.
-
-    Goes back in time: undo the later of the two tokens' own merges, and see whether the pieces
-    that then meet at the seam could merge earlier than what was undone.
-    """
-    while len(left) > 1 or len(right) > 1:
-        if len(right) == 1 or (len(left) > 1 and vocab[left] > vocab[right]):
-            undone, left = vocab[left], halves[left][1]
-        else:                                      # in a tie the seam, being further left, is first
-            undone, right = vocab[right] + 1, halves[right][0]
-        if left + right in halves and vocab[left + right] < undone:
-            return left, right
-
-
-def mergeable_ranks(path, vocab, merges):
-    """{bytes: id} for tiktoken, after a proof that it will merge exactly as the merges say.
-
-    The files list merges of pairs.  tiktoken knows only tokens: it joins any two neighbours that
-    together are a token, lowest id first, and takes a word that is a token as it is.  That is the
-    same if ids grow with the merges and no token can come about but by its own merge.
-    """
-    halves, last = {}, -1
-    for left, right in merges:
-        token, field = left + right, f"merge {shown(left)} {shown(right)}"
-        for part in (left, right):
-            if part not in vocab or not (part in BYTE or part in halves):
-                raise wrong(path, field, f"uses {shown(part)}, which no byte and no earlier merge makes")
-        if vocab.get(token, -1) <= last:
-            raise wrong(path, field, f"ids must grow with the merges, but {shown(token)} has "
-                                     f"{vocab.get(token, 'none')}, after {last}")
-        if pair := rival(left, right, vocab, halves):
-            raise wrong(path, field, f"can never happen, for {shown(pair[0])} {shown(pair[1])} comes "
-                        "first; tiktoken would do it all the same, so this file cannot be used")
-        halves[token], last = (left, right), vocab[token]
-    return {token_bytes(t): vocab[t] for t in (*(c for c in BYTE if c in vocab), *halves)}
-
 
 def matcher(texts):
-    """Regex that cuts out any of these texts: at each place the longest, as tokenizers does."""
+    """A regex that finds these texts, at each place the longest one, as `tokenizers` does."""
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
@@ -801,9 +736,10 @@ LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")     # Python's \s has U+001C t
 
 
 def cut_long_space(text):
-    """Cuts where WORDS cuts too: before the last space of a run, which belongs to the next word.
+    """The text in pieces, split in long runs of spaces: tiktoken fails on 1,000,000 spaces.
 
-    WORDS backtracks only in \\s+(?!\\S), but from 1,000,000 spaces on tiktoken panics there.
+    (Its regex engine gives up while it backtracks in \\s+(?!\\S).)  The split is before the last
+    space of a run, which WORDS joins to the next word, so the words stay the same.
     """
     if len(text) < 1_000_000:
         return [text]
@@ -815,8 +751,8 @@ def cut_long_space(text):
 # Unicode normalization, exactly as the library `tokenizers` does it
 # ------------------------------------------------------------------------------------------------
 
-# tokenizers' NFC is that of Unicode 9: it does not know combining marks of later versions.  Python
-# knows more of them in each release, so the text between such characters is normalized piecewise.
+# tokenizers' NFC is that of Unicode 9 and leaves the combining marks of later versions as they are.
+# Python's NFC knows more of them, so only the pieces of text between these marks are normalized.
 LATER_THAN_UNICODE_9 = re.compile(
     "([\u05C8\u05C9\u07FD\u0897-\u08D3\u09FE\u0C3C\u0D3B\u0D3C\u0EBA\u1715\u1ABF-\u1AF0"
     "\u1DF6-\u1DFA\uA82C\U000105C9-\U000105E4\U00010D24-\U00010F85\U00011070\U0001133B"
@@ -826,7 +762,7 @@ LATER_THAN_UNICODE_9 = re.compile(
 
 
 def nfc(text):
-    """Unicode normal form C: a letter and its accents become one character where there is one."""
+    """Unicode normal form C: a letter and its accents become one character if one exists."""
     if text.isascii():
         return text
     pieces = LATER_THAN_UNICODE_9.split(text)

@@ -1,13 +1,13 @@
-"""What the tokenizer files of a checkpoint say, checked field by field.
+"""Reading the tokenizer files of a checkpoint, and checking them field by field.
 
     tokenizer.json             the whole tokenizer, as the library `tokenizers` writes it
     vocab.json + merges.txt    the older form, without added tokens
     tokenizer_config.json      named tokens, sides, lengths, and the class
-    special_tokens_map.json, added_tokens.json    older forms of what tokenizer_config.json says
+    special_tokens_map.json, added_tokens.json    older forms of what is in tokenizer_config.json
 
-Each table below lists the fields of one JSON object and the values that are supported.  A field
-that would change the ids or the text is applied as in transformers, or refused with one line that
-names the file and the field.  Nothing is passed over.
+Each table below lists the fields of one JSON object and the supported values.  A field that changes
+the ids or the text has the effect that it has in transformers, or it is refused with one line that
+names the file and the field.  No field is ignored without a rule.
 """
 
 import json
@@ -17,27 +17,27 @@ from files import fetch, plain, read_json, read_small, shown
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
-UNLIMITED = int(1e30)                  # transformers' model_max_length where no file gives one
-LARGE = int(1e20)                      # what transformers takes as no limit
+UNLIMITED = int(1e30)                  # transformers' model_max_length if no file gives one
+LARGE = int(1e20)                      # from here on transformers assumes no limit
 
 
 class AddedToken(NamedTuple):
-    """A token that is cut out of the text before BPE sees it."""
+    """A token that is found in the text before BPE."""
     content: str
     special: bool = False              # decode(..., skip_special_tokens=True) leaves it out
-    normalized: bool = True            # looked for in the normalized text, not in the raw text
-    id: int | None = None              # as a file gives it
+    normalized: bool = True            # searched for in the normalized text, not in the raw text
+    id: int | None = None              # as given in a file
 
 
 class Read(NamedTuple):
-    """What the files of one tokenizer say."""
+    """The contents of the files of one tokenizer."""
     source: object                     # the path of the vocabulary, for messages
     vocab: dict                        # {token: id}
     merges: list                       # [(left, right)], earliest first
     nfc: bool                          # whether texts are normalized to Unicode's form C
     in_file: list                      # AddedTokens of tokenizer.json
     listed: list                       # AddedTokens that transformers adds, in increasing id
-    lister: object                     # the path of the file that lists them, for messages
+    lister: object                     # the path of the file with this list, for messages
     config: dict                       # tokenizer_config.json and the caller's settings
 
 
@@ -51,14 +51,20 @@ def wrong(path, field, problem):
 
 
 class Rule(NamedTuple):
-    """Which values a field may have, and how to say so."""
+    """The values that a field may have: a test for them, and their description for messages."""
     allows: object
     words: str
 
 
+def is_among(value, values):
+    """Is the value one of these, and of the same type?  (In Python True equals 1.)"""
+    return any(type(value) is type(v) and value == v for v in values)
+
+
 def one_of(*values):
+    """The rule for a field that may have one of these values."""
     words = " or ".join(dict.fromkeys(json.dumps(value) for value in values))
-    return Rule(lambda x: any(type(x) is type(v) and x == v for v in values), words)
+    return Rule(lambda value: is_among(value, values), words)
 
 
 def is_text(value):
@@ -86,7 +92,7 @@ def is_extra(value):
 
 
 def is_chat_template(value):
-    """Not used here, but transformers reads it."""
+    """Chat templates are not used here, but transformers reads them."""
     return value is None or isinstance(value, (str, dict)) or (isinstance(value, list) and all(
         isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in value))
 
@@ -113,7 +119,7 @@ TYPED = {"__type": one_of("AddedToken"), **ADDED}
 
 
 def check(path, prefix, data, rules, required=()):
-    """Raises ValueError for the first field of an object that its table does not allow."""
+    """Raise ValueError for the first field of an object that its table of rules does not allow."""
     if not isinstance(data, dict):
         raise wrong(path, prefix.rstrip(".") or "(all)", f"{shown(data)} is not an object")
     for key in required:
@@ -143,7 +149,8 @@ PADDING = {"strategy": ANY, "direction": one_of("Left", "Right"), "pad_to_multip
 TRUNCATION = {"direction": one_of("Left", "Right"), "max_length": Rule(is_id, ID.words),
               "strategy": one_of("LongestFirst", "OnlyFirst", "OnlySecond"), "stride": one_of(0)}
 
-# A step of the pipeline: {type: its fields}.  For the last two, the flags only concern offsets.
+# The steps of a tokenizer: {section: {type: its fields}}.  The flags of the decoder and of the
+# post_processor change only offsets, which are not computed here.
 A, B = ({"Sequence": {"id": id, "type_id": i}} for i, id in enumerate("AB"))
 OFFSETS = {"add_prefix_space": FLAG, "trim_offsets": FLAG, "use_regex": FLAG}
 STEPS = {
@@ -159,7 +166,7 @@ LISTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder
 
 
 def check_steps(path, data, section):
-    """The types of the steps of one section, each checked; [] where the section is null."""
+    """Check the steps of one section; return their types, [] if the section is null."""
     step, inside = data.get(section), f"{section}."
     if step is None:
         return []
@@ -183,8 +190,8 @@ def check_steps(path, data, section):
 def read_tokenizer_json(path, normalizes):
     """tokenizer.json -> vocabulary, merges, whether it normalizes, added tokens, settings.
 
-    normalizes: what transformers' class does whatever the file says, or None for the class that
-    does as the file says.
+    normalizes: True or False for a class of transformers that does so whatever the file says, None
+    for the class that follows the file.
     """
     data = read_json(path, unique=True)
     check(path, "", data, SECTIONS, ["model", "added_tokens"])
@@ -217,7 +224,7 @@ def read_tokenizer_json(path, normalizes):
 
 
 def read_pairs(path, merges):
-    """The pairs of model.merges, which are written "a b" or ["a", "b"]."""
+    """The pairs in model.merges, where each pair is written "a b" or ["a", "b"]."""
     pairs = [merge.split(" ") if type(merge) is str else merge for merge in merges]
     for i, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2 or not all(map(is_text, pair)) or (
@@ -227,6 +234,7 @@ def read_pairs(path, merges):
 
 
 def added_token(path, prefix, entry, rules, required=("content",)):
+    """The AddedToken of one entry of a file; ValueError for one that the rules do not allow."""
     check(path, prefix, entry, rules, required)
     special = entry.get("special", False)
     return AddedToken(entry["content"], special, entry.get("normalized", not special), entry.get("id"))
@@ -250,6 +258,86 @@ def read_merges(path):
         if len(pairs[-1]) != 2 or not all(pairs[-1]):
             raise wrong(path, f"line {number}", f"{shown(line)} is not two tokens and a space")
     return pairs
+
+
+# ------------------------------------------------------------------------------------------------
+# Vocabulary and merges, and why tiktoken gives the ids that the merges say
+# ------------------------------------------------------------------------------------------------
+
+def byte_alphabet():
+    """{character: byte}, as the files write bytes.  Space is "Ġ", newline "Ċ", "a" is "a".
+
+    Bytes without a visible character get the characters from U+0100 on, in increasing order.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    invisible = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(invisible)}
+
+
+BYTE = byte_alphabet()
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}                # GPT-NeoX has no tokens for these
+
+
+def token_bytes(token):
+    """The bytes of a token (tokenizers: byte_level.rs, decode_chain)."""
+    try:
+        return bytes([BYTE[c] for c in token])
+    except KeyError:                               # an added token such as "    " is plain text
+        return token.encode()
+
+
+def check_vocab(path, vocab):
+    """Raise ValueError unless ids are distinct integers and every byte of UTF-8 text has one."""
+    for token, id in vocab.items():
+        if not (is_text(token) and is_id(id)):
+            raise wrong(path, f"vocabulary, {shown(token)}",
+                        f"{shown(id)} is not an id (a whole number from 0 to 4294967295) of a text")
+    if len(set(vocab.values())) != len(vocab):
+        raise wrong(path, "vocabulary", "two tokens have the same id")
+    missing = [f"{b:02X}" for c, b in BYTE.items() if c not in vocab and b not in NEVER_IN_UTF8]
+    if missing:
+        raise wrong(path, "vocabulary", f"is not byte-level: {len(missing)} of the bytes have no "
+                                        f"token, such as {missing[0]}")
+
+
+def rival(left, right, vocab, halves):
+    """A pair that merges across the boundary of left and right before both exist, or None.
+
+    Then left and right never become neighbours, and their merge can never happen.  To find it, undo
+    the merges of the two tokens, the latest first, and check after each step whether the pieces at
+    the boundary form a merge that comes before the one just undone.  halves: {token: its pair}.
+    """
+    while len(left) > 1 or len(right) > 1:
+        if len(right) == 1 or (len(left) > 1 and vocab[left] > vocab[right]):
+            undone, left = vocab[left], halves[left][1]
+        else:                # + 1: of two equal merges the left one, at the boundary, is first
+            undone, right = vocab[right] + 1, halves[right][0]
+        if left + right in halves and vocab[left + right] < undone:
+            return left, right
+
+
+def mergeable_ranks(path, vocab, merges):
+    """{bytes: id} for tiktoken, after a proof that it gives the same ids as the list of merges.
+
+    The files list merges of pairs.  tiktoken has only tokens: it merges any two neighbours that
+    together are a token, lowest id first, and does not split a word that is a token.  This gives
+    the same ids if ids increase in the order of the merges, and if every token is made by its own
+    merge and by no other.  Raises ValueError, naming the merge, for files where that is not so.
+    """
+    halves, last = {}, -1
+    for left, right in merges:
+        token, field = left + right, f"merge {shown(left)} {shown(right)}"
+        for part in (left, right):
+            if part not in vocab or not (part in BYTE or part in halves):
+                raise wrong(path, field, f"uses {shown(part)}, which no byte and no earlier merge makes")
+        if vocab.get(token, -1) <= last:
+            raise wrong(path, field, f"ids must grow with the merges, but {shown(token)} has "
+                                     f"{vocab.get(token, 'none')}, after {last}")
+        if pair := rival(left, right, vocab, halves):
+            raise wrong(path, field, f"can never happen, for {shown(pair[0])} {shown(pair[1])} comes "
+                        "first; tiktoken would do it all the same, so this file cannot be used")
+        halves[token], last = (left, right), vocab[token]
+    return {token_bytes(t): vocab[t] for t in (*(c for c in BYTE if c in vocab), *halves)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,7 +387,7 @@ def check_config(path, config, cls, has_tokenizer_json):
 
 
 def read_special_tokens_map(path, config, overrides):
-    """special_tokens_map.json, which transformers reads where there is no added_tokens_decoder."""
+    """Add special_tokens_map.json, which transformers reads if there is no added_tokens_decoder."""
     rules = {**dict.fromkeys(NAMED, Rule(lambda v: is_named_token(v) or isinstance(v, dict), TOKEN.words)),
              **dict.fromkeys(EXTRA, CONFIG[EXTRA[0]])}
     data = read_json(path)
@@ -319,12 +407,12 @@ def read_special_tokens_map(path, config, overrides):
 
 
 def content(token):
-    """Tokens are written "<|x|>", or {"content": "<|x|>", ...} with flags."""
+    """The text of a token, which is written "<|x|>" or, with flags, {"content": "<|x|>", ...}."""
     return token["content"] if isinstance(token, dict) else token
 
 
 def read_config(paths, overrides, cls):
-    """tokenizer_config.json with the caller's settings and special_tokens_map.json's."""
+    """tokenizer_config.json, updated by the caller's settings and by special_tokens_map.json."""
     path = paths.get("tokenizer_config.json")
     config = read_json(path) if path else {}
     check_config(path, config, cls, "tokenizer.json" in paths)
@@ -337,7 +425,7 @@ def read_config(paths, overrides, cls):
 
 
 def listing_file(paths, config):
-    """What gives the ids of added tokens beside tokenizer.json; the caller may give them as well."""
+    """Which file lists added tokens besides tokenizer.json, or from_pretrained: for messages."""
     name = "tokenizer_config.json" if "added_tokens_decoder" in config else "added_tokens.json"
     return paths.get(name, "from_pretrained")
 
@@ -367,7 +455,7 @@ def read_listed_tokens(paths, config, in_file):
 
 
 # ------------------------------------------------------------------------------------------------
-# All together
+# All files together
 # ------------------------------------------------------------------------------------------------
 
 def find_files(name_or_folder, revision=None, **hub):
@@ -384,7 +472,7 @@ def find_files(name_or_folder, revision=None, **hub):
 
 
 def missing(name, found, filename, error):
-    """What to say where there is no tokenizer.json and not both of the other files."""
+    """The message if there is no tokenizer.json and vocab.json or merges.txt is missing."""
     path = found["tokenizer_config.json"]
     named = (read_json(path) if path else {}).get("tokenizer_class")
     kind = (f"{path}: field tokenizer_class: {shown(named)}; " if named else "")
@@ -395,7 +483,7 @@ def missing(name, found, filename, error):
 
 
 def read_files(paths, overrides, cls):
-    """Everything that the files say, as a Read; ValueError of one line where that is not supported."""
+    """Read and check all files.  Raises ValueError, in one line, for what is not supported."""
     config = read_config(paths, overrides, cls)
     if source := paths.get("tokenizer.json"):
         vocab, merges, nfc, in_file, settings = read_tokenizer_json(source, cls.normalizes)

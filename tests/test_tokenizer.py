@@ -414,7 +414,7 @@ def test_pad_token_of_the_config(folders, tmp_path, value, pad):
 # -- a proof that tiktoken merges as the list of merges does ---------------------------------------
 
 def tiny_vocab(*tokens):
-    return {t: i for i, t in enumerate([*ours_module.BYTE, *tokens])}
+    return {t: i for i, t in enumerate([*tokenizer_settings.BYTE, *tokens])}
 
 
 @pytest.mark.parametrize("merges, problem", [

@@ -14,7 +14,8 @@ import transformers
 from conftest import ROOT
 from fuzzing import mutated_bytes
 from load_weights import AutoModelForCausalLM, AutoTokenizer
-from tokenizer import BYTE, GPT2Tokenizer, bpe
+from tokenizer import GPT2Tokenizer, bpe
+from tokenizer_settings import BYTE
 
 TEXTS = ["Hello  world", "naïve e\u0301 café", "<|endoftext|>a<x><|new|> b", "a\n\n  b\tc", "", "   ", "日本", "<pad>[MASK]"]
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġ", "Ġ")]
