@@ -184,10 +184,13 @@ class KVCache:
     layer, so that all layers of a pass see the same length.
     """
 
-    def __init__(self, config, batch_size, max_length, dtype=torch.float32, device=None):
-        """config: GPTNeoConfig or GPTNeoXConfig; its heads, head_dim and windows are used."""
+    def __init__(self, config, batch_size, max_length, dtype=torch.float32, device=None, shares=1):
+        """config: GPTNeoConfig or GPTNeoXConfig; its heads, head_dim and windows are used.
+
+        shares: among how many processes the heads are shared (parallel.py); each caches its own.
+        """
         self.length, self.max_length, self.batch_size = 0, max_length, batch_size
-        H, D = config.num_attention_heads, config.head_dim
+        H, D = config.num_attention_heads // shares, config.head_dim
         slots = [max_length if w is None else min(w, max_length) for w in config.windows]
         self.keys = [torch.zeros(batch_size, H, n, D, dtype=dtype, device=device) for n in slots]
         self.values = [torch.zeros_like(keys) for keys in self.keys]

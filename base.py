@@ -245,6 +245,7 @@ class PreTrainedModel(nn.Module):
     """A model with a config and an attention backend, which can be loaded and saved."""
 
     head = None                                            # name of a task head's linear layer
+    shares = 1                                             # processes that share its weights: parallel.py
 
     def __init__(self, config, attn_implementation="auto"):
         super().__init__()

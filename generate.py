@@ -3,6 +3,9 @@
     python generate.py "My favorite food is" --model EleutherAI/pythia-70m
     python generate.py "HAMLET." --top-p 0.9 --seed 1            (the bundled demo checkpoint)
     python generate.py --score FILE, or --top 5 "HAMLET."        (see score.py)
+    torchrun --nproc-per-node 2 generate.py ...                  (any of them, on several processes)
+
+Of several processes each has a share of the model (parallel.py); process 0 prints.
 
 This file is the command line; the loop that generates is in sampling.py.
 """
@@ -17,10 +20,12 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 
 from attention import choose_backend
 from files import replace_closed_stderr
 from load_weights import AutoModelForCausalLM, AutoTokenizer
+from processes import SharedError, everywhere, gathered, join_processes, lost_process, processes, rank
 from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate)
 from score import likeliest, read_text, score_text, window_and_stride
 
@@ -126,6 +131,8 @@ def what_is_wrong(args, parser):
     for name in ("num_samples", "stride", "top"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             return f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+    if processes() > 1 and (args.interactive or args.score == "-"):
+        return "standard input cannot be shared by several processes: give the text as an argument or a file"
     if args.seed is not None and not -2**63 <= args.seed < 2**64:
         return "--seed must fit into 64 bits"
     return "--stop needs a text that is not empty" if "" in args.stop else None
@@ -263,17 +270,21 @@ def usable_device(name):
 
 
 def load(name, *, tokenizer, revision, dtype, device, backend, weights):
-    """Model and tokenizer; for each of these options see --help.
+    """Model and tokenizer; for each of these options see --help.  Of several processes each loads its share.
 
     Raises ValueError or OSError for what cannot be loaded, ImportError for a backend that cannot
     be used.
     """
-    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and processes() > 1:               # each takes its own GPU
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    device = usable_device(device)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer or name,
                                               revision=None if tokenizer else revision)
     model = AutoModelForCausalLM.from_pretrained(
         name, revision=revision, torch_dtype=dtype, device=device, attn_implementation=backend,
-        weights=weights)
+        weights=weights, tp_plan="auto" if processes() > 1 else None)
     return model, tokenizer
 
 
@@ -300,9 +311,9 @@ def print_top(model, tokenizer, prompt, count):
 
 def run(args):
     """The whole command.  What is wrong with the texts is said before weights are loaded."""
-    loaded = functools.partial(
+    loaded = functools.partial(everywhere, functools.partial(
         load, args.model, tokenizer=args.tokenizer, revision=args.revision, dtype=args.dtype,
-        device=args.device, backend=args.backend, weights=args.weights)
+        device=args.device, backend=args.backend, weights=args.weights))
     if args.score is not None:
         text = read_text(args.score)
         return print_score(*loaded(), text, args.stride)
@@ -315,7 +326,8 @@ def run(args):
         check_text(stop, "--stop")
     model, tokenizer = loaded()
     generator = torch.Generator(model.device)
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    seed = generator.seed() if args.seed is None else args.seed
+    generator.manual_seed(gathered(seed)[0])               # all processes draw the same
     counts = print_texts(
         model, tokenizer, prompts(args.prompt, args.interactive), args.num_samples,
         args.interactive, options={name: getattr(args, name) for name in SETTINGS},
@@ -362,7 +374,20 @@ def replace_what_cannot_be_written(output):
 def main(argv=None):
     """Exit status: 0, 2 with one line on what is wrong, 130 when interrupted."""
     replace_closed_stderr()
+    if rank() > 0:                                         # process 0 prints
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     args = arguments(argv)
+    if processes() > 1:
+        join_processes()
+    try:
+        return command(args)
+    finally:
+        if processes() > 1:
+            dist.destroy_process_group()
+
+
+def command(args):
+    """What main does with the parsed options -> exit status."""
     replaced = replace_what_cannot_be_written(sys.stdout)
     try:
         if sys.stdout is None:
@@ -375,6 +400,10 @@ def main(argv=None):
         discard_output()
         return 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if lost_process(error):
+            error = "another of the processes that share the model has ended"
+        if isinstance(error, SharedError) and rank() > 0:
+            time.sleep(1)                                  # so that torchrun lets process 0 say it
         try:
             sys.stdout and sys.stdout.flush()
         except OSError:                                    # a full disk: do not try once more

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import quantize
 from files import error_line, fetch, plain, read_json, shown, write_files
 from originals import read_flax
+from parallel import add_up, check_connected, check_parts, cut, piece
 
 # '#' stands for the layer number, '*' for weight or bias.  None: known, and ignored on purpose.
 # The left side is what lies on EleutherAI's hub pages; a name without a rule is an error.
@@ -283,6 +284,12 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     (LOADING) and fields of the config to set.
     """
     changes = dict(changes or {})
+    shared = changes.pop("tp_plan", None)                  # the reference's name for tensor parallelism
+    if shared not in (None, "auto"):
+        raise ValueError(f"tp_plan={shown(shared)} is not supported: 'auto' shares the model among the "
+                         "processes of torchrun, None does not")
+    if shared:
+        check_connected()
     hub, use_safetensors, device = loading_options(changes, device)
     raw = with_changes(read_config(name_or_folder, revision, **hub) if raw is None else raw, changes, cls)
     weights, stored, raw = quantize.what_to_load(raw, weights)
@@ -303,8 +310,15 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     with torch.device("meta"), NoInit():
         model = cls(config, attn_implementation)
 
-    state = read_state(name_or_folder, paths, model, NAMES[family], dtype, device, weights, stored)
+    if shared:
+        check_parts(config)
+        if stored:
+            raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among processes: "
+                             f"take the checkpoint that it was made from, with weights={weights!r}")
+    state = read_state(name_or_folder, paths, model, NAMES[family], dtype, device, weights, stored, shared)
     model.load_state_dict(state, strict=True, assign=True)
+    if shared:
+        add_up(model)
     if hasattr(model, "tie_weights") and not weights:      # integers are the head's own
         model.tie_weights()
     model.generation_config.update(generation_config)
@@ -322,7 +336,7 @@ LOADING = {
     "load_in_8bit": (None, False), "load_in_4bit": (None, False), "ignore_mismatched_sizes": (None, False),
     "output_loading_info": (None, False), "from_tf": (None, False), "from_flax": (None, False),
     "variant": (None,), "state_dict": (None,), "config": (None,), "adapter_kwargs": (None,),
-    "tp_plan": (None,), "tp_size": (None,), "device_mesh": (None,), "use_kernels": (None, False),
+    "tp_size": (None,), "device_mesh": (None,), "use_kernels": (None, False),
     "weights_only": (None, True), "key_mapping": (None,), "mirror": (None,), "use_cache": (None, True, False),
     "return_dict": (None, True), "output_hidden_states": (None, False), "output_attentions": (None, False),
     "code_revision": (None, "main"), "gguf_file": (None,), "use_flash_attention_2": (None, False),
@@ -432,15 +446,18 @@ def parse_dtype(dtype, raw):
     return found
 
 
-def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, stored=False):
+def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, stored=False, shared=None):
     """{our name: tensor} for exactly the model's parameters, each converted as it is read.
 
     dtype None takes that of the first weight.  kind: the model's linear layers are replaced by quantized
     ones, whose integers are read where they are stored, and made from each matrix as it is read otherwise.
+    shared: the model is cut to this process's share, and of each tensor only that is kept.
     A task head that is not in the files is drawn afresh, and a warning says so.  Raises one ValueError that
     lists missing, unexpected and unfit tensors, the first ten.
     """
     wanted, integers = model.state_dict(), set()           # on the meta device: shapes and dtypes
+    if shared:
+        cut(model)
     if kind:
         integers = {f"{name}.weight" for name in quantize.replace_layers(model, kind)}
     if stored:
@@ -455,7 +472,7 @@ def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, st
         except ValueError as error:
             problems.append(f"tensor {plain(name)} cannot become integers: {error}")
 
-    for name, tensor in tensors_of(paths, "quantizing" if integers else "loading"):
+    for name, tensor in tensors_of(paths, "quantizing" if integers else "loading", bool(integers or shared)):
         try:
             ours = our_name(name, table)
         except KeyError:
@@ -468,7 +485,8 @@ def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, st
             problems.append(problem)
         else:
             dtype = dtype or tensor.dtype
-            keep(name, ours, tensor, ours in integers and not (tied and ours == "lm_head.weight"))
+            kept = piece(ours, tensor, model.config) if shared else tensor
+            keep(name, ours, kept, ours in integers and not (tied and ours == "lm_head.weight"))
         seen.add(ours)
     if tied:
         problems += tie(state)
@@ -489,13 +507,14 @@ def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, st
     return state
 
 
-def tensors_of(paths, doing):
+def tensors_of(paths, doing, apart):
     """(name, tensor) of every file, one after the other, with a progress bar: what is `doing`.
 
-    While quantizing, each tensor is mapped by itself, since what was read of the others would stay in memory.
+    apart: where the model keeps less than the tensors, each is mapped by itself, since what was read of the
+    others would stay in memory.
     """
     for path in paths:
-        yield from tqdm(read_tensors(path, apart=doing == "quantizing"), desc=f"{doing} {path.name}",
+        yield from tqdm(read_tensors(path, apart), desc=f"{doing} {path.name}",
                         unit=" tensors", leave=False, disable=None)
 
 
@@ -596,6 +615,9 @@ def save_pretrained(model, folder):
     All of them or none (files.write_files), and the folder that the weights are mapped from may be the
     target.
     """
+    if model.shares > 1:
+        raise ValueError(f"this process has only a part of the weights, which {model.shares} processes share: "
+                         "save from a model that is loaded whole")
     config = {"architectures": [type(model).__name__], **model.config.to_dict(),
               "torch_dtype": str(model.dtype).removeprefix("torch.")}
     kind = quantize.kind_of(model)

@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
     def forward(self, x, *, key_mask=None, cache=None, backend="naive", return_weights=False):
         """x (B, T, C), key_mask (B, S) bool -> y (B, T, C) and the weights (B, H, T, S) or None."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.D).transpose(1, 2)           # each (B, H, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
@@ -111,7 +111,7 @@ class Attention(nn.Module):
                         dropout=self.attention_dropout if self.training else 0.0,
                         upcast=True, mask_twice=True, return_weights=return_weights)
         y, weights = out if return_weights else (out, None)                 # (B, H, T, D)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)                    # concatenate the heads
+        y = y.transpose(1, 2).contiguous().view(B, T, -1)                   # concatenate the heads
         return self.out_proj(y), weights
 
 

@@ -98,7 +98,7 @@ class Attention(nn.Module):
     def forward(self, x, *, cos, sin, key_mask=None, cache=None, backend="naive",
                 return_weights=False):
         """x (B, T, C), key_mask (B, S) bool -> y (B, T, C) and the weights (B, H, T, S) or None."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         # The rows of the matrix are [q k v] of head 0, then [q k v] of head 1, and so on: split the
         # heads first, and then each head in q, k and v.  Splitting the whole in thirds fits every
         # shape too, but gives wrong results (EleutherAI/gpt-neox, megatron/model/transformer.py).
@@ -111,7 +111,7 @@ class Attention(nn.Module):
                         key_mask=key_mask, dropout=self.attention_dropout if self.training else 0.0,
                         return_weights=return_weights)
         y, weights = out if return_weights else (out, None)                 # (B, H, T, D)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)                    # concatenate the heads
+        y = y.transpose(1, 2).contiguous().view(B, T, -1)                   # concatenate the heads
         return self.out_proj(y), weights
 
 

@@ -508,7 +508,7 @@ def prefill(model, ids, mask, position_ids, cache):
 def new_cache(model, B, total):
     """A KV cache for B rows of `total` tokens; ValueError where there is no memory for so many."""
     try:
-        return KVCache(model.config, B, total - 1, model.dtype, model.device)
+        return KVCache(model.config, B, total - 1, model.dtype, model.device, model.shares)
     except (RuntimeError, OverflowError, MemoryError, TypeError) as error:
         raise ValueError(f"there is no room for the keys and values of {total} tokens in {B} rows "
                          f"({short(str(error).splitlines()[0])}): generate fewer") from None

@@ -42,19 +42,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from files import error_line, read_json, replace_closed_stderr, write_files
-from training.model import learning_rate, new_model, parameter_groups
-from training.new_tokenizer import CLASSES, new_tokenizer
-from training.processes import (
+from processes import (
     SharedError,
     error_text,
     everywhere,
     gathered,
     join_processes,
+    lost_process,
     processes,
     rank,
     say,
     total,
 )
+from training.model import learning_rate, new_model, parameter_groups
+from training.new_tokenizer import CLASSES, new_tokenizer
 from training.tasks import Label, NextToken, autocast, check_fit, to_device
 from training.texts import is_unicode
 
@@ -531,7 +532,7 @@ def main(argv=None):
         print(f"{begin}train.py: error: {where}{error_text(error)}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if processes() > 1 and "gloo" in str(error):
+        if lost_process(error):
             return 1                                       # another process ended, and has said why
         if not is_out_of_memory(error):
             raise

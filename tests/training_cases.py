@@ -17,9 +17,9 @@ import torch
 
 import train
 from conftest import ROOT
+from processes import rank
 from training.model import new_model
 from training.new_tokenizer import new_tokenizer
-from training.processes import rank
 
 TASKS = ["lm", "classify"]
 SHAPE = dict(hidden_size=32, layers=2, heads=2, window=8, vocab_size=320)

@@ -1,6 +1,6 @@
-"""Several processes of one training, started by torchrun; without torchrun there is one.
+"""Several processes of one command, started by torchrun; without torchrun there is one.
 
-Process 0 evaluates, prints and writes.  The others only read, so all must see the same files.
+In training process 0 evaluates, prints and writes.  The others only read, so all must see the same files.
 """
 
 import os
@@ -64,6 +64,12 @@ def everywhere(function, *args):
     for problem in filter(None, gathered(problem)):
         raise SharedError(problem)
     return result
+
+
+def lost_process(error):
+    """Does an error say that another process has ended?  Gloo and NCCL raise RuntimeError then."""
+    return processes() > 1 and isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset"))
 
 
 def error_text(error):

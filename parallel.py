@@ -1,0 +1,162 @@
+"""One model shared among several processes: tensor parallelism.
+
+    torchrun --nproc-per-node 2 generate.py --model EleutherAI/gpt-neox-20b "Hello"
+
+    model = GPTNeoXForCausalLM.from_pretrained(name, tp_plan="auto")    # reads only this process's share
+    model = parallelize(GPTNeoXForCausalLM.from_pretrained(name))       # cuts a model that is loaded whole
+
+    B batch · T new tokens · C width · H heads · D width of a head, C / H · V vocabulary · N processes
+
+Two matrices stand around every nonlinear step: q, k, v around the heads, up_proj around the
+activation.  Both steps treat their inputs apart, head by head or number by number.  So each process
+takes H / N heads and an N-th of the MLP's inner width:
+
+    first matrix    cut by rows:     x (B, T, C) whole -> this process's heads or inner numbers
+    second matrix   cut by columns:  those -> a sum over them, (B, T, C), which is only a part
+
+and what the processes have is added together by one all-reduce.  LayerNorms, embeddings and the
+residual stream are whole in every process.  (Shoeybi et al. 2019, Megatron-LM, on which
+EleutherAI/gpt-neox is built.)
+
+Why GPT-NeoX's q, k and v are interleaved head by head: a process's heads are then consecutive rows
+of the one matrix, so that cutting it by rows cuts it by heads.  Of [all q, all k, all v] the first
+half would be q and half of k.
+
+GPT-Neo adds attention to the stream before the MLP reads it, so it needs two all-reduces a layer.
+In GPT-NeoX both read the same x: what they return is added first and reduced once.
+
+This is for generating and evaluating a model that does not fit into one process's memory; weights
+do not ask for gradients.  Training on several processes is train.py's, with a whole model in each.
+"""
+
+import types
+
+import torch
+import torch.distributed as dist
+
+ROWS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "lm_head")
+COLUMNS = ("out_proj", "down_proj")
+
+
+def parallelize(model):
+    """Cut a model to this process's share, in place, and let it add up with the others' -> the model.
+
+    The processes must be connected (torch.distributed.init_process_group), and each must call the model
+    with the same ids at the same time; ids that differ raise RuntimeError in all of them.  Logits
+    (B, T, V) and hidden states are whole in every process.  Raises RuntimeError where no processes
+    are connected, ValueError for a model that cannot be cut into so many parts.
+    """
+    check_connected()
+    if model.shares > 1:
+        raise ValueError(f"this model is already shared among {model.shares} processes")
+    check_parts(model.config)
+    if any(hasattr(module, "words") for module in model.modules()):
+        raise ValueError("a quantized model cannot be cut: load it by from_pretrained(weights=..., tp_plan='auto'), "
+                         "where each process quantizes its own share")
+    cut(model)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    add_up(model)
+    return model
+
+
+def cut(model):
+    """Let a model have this process's share of every weight, which need not be there yet (the meta device)."""
+    for name, old in list(model.named_parameters()):
+        layer, attribute = name.rpartition(".")[::2]
+        layer = model.get_submodule(layer)
+        setattr(layer, attribute, torch.nn.Parameter(piece(name, old.detach(), model.config), requires_grad=False))
+        if isinstance(layer, torch.nn.Linear) and attribute == "weight":
+            layer.out_features, layer.in_features = layer.weight.shape
+    for module in model.modules():
+        if hasattr(module, "shares"):                      # this model and the one inside it
+            module.shares = dist.get_world_size()
+
+
+def check_connected():
+    """Raise RuntimeError where this process knows of no others."""
+    if not dist.is_initialized():
+        raise RuntimeError("a model is shared among processes, and none are connected: start Python by "
+                           "torchrun and call torch.distributed.init_process_group")
+
+
+def check_parts(config):
+    """Raise ValueError where heads, inner width or vocabulary do not divide by the number of processes."""
+    N = dist.get_world_size()
+    sizes = {"attention heads": config.num_attention_heads,
+             "numbers of the MLP's inner width": config.intermediate_size}
+    if not config.tie_word_embeddings:
+        sizes["rows of the output head (the vocabulary)"] = config.vocab_size
+    for what, size in sizes.items():
+        if size % N:
+            raise ValueError(f"a model of {size} {what} cannot be shared among {N} processes: {size} must be a "
+                             f"multiple of their number")
+
+
+def piece(name, tensor, config):
+    """Of one weight, under our name, what this process keeps."""
+    layer, kind = name.split(".")[-2:]
+    N, i = dist.get_world_size(), dist.get_rank()
+    if layer in ROWS and not (layer == "lm_head" and config.tie_word_embeddings):
+        return tensor.chunk(N)[i].clone()                  # a bias too has one number a row
+    if layer in COLUMNS and kind == "weight":
+        return tensor.chunk(N, dim=1)[i].clone()
+    if layer in COLUMNS and i > 0:
+        return torch.zeros_like(tensor)                    # the sum over processes has the bias once
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------
+# What the processes tell each other
+# ------------------------------------------------------------------------------------------------
+
+def add_up(model):
+    """Put the sums over processes where the formulas need them."""
+    base = model.base_model
+    base.register_forward_pre_hook(check_call, with_kwargs=True)
+    for block in base.blocks:
+        if getattr(block, "parallel", False):              # GPT-NeoX, but for RedPajama's form
+            block.forward = types.MethodType(one_sum, block)
+        else:
+            for layer in (block.attn.out_proj, block.mlp.down_proj):
+                layer.register_forward_hook(lambda layer, inputs, y: summed(y))
+    head = model.get_output_embeddings()
+    if head is not None and not model.config.tie_word_embeddings:
+        head.register_forward_hook(lambda layer, inputs, y: side_by_side(y))
+
+
+def one_sum(block, x, **how):
+    """forward of a Block of neox.py with parallel residuals: attention and MLP in one all-reduce."""
+    a, weights = block.attn(block.ln_1(x), **how)
+    return summed(block.mlp(block.ln_2(x)) + a) + x, weights
+
+
+def summed(y):
+    """The sum of the processes' tensors (B, T, C), the same bits in each."""
+    y = y.contiguous()
+    dist.all_reduce(y)
+    return y
+
+
+def side_by_side(y):
+    """The processes' logits (B, T, V / N), joined -> (B, T, V)."""
+    parts = [torch.empty_like(y) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, y.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def check_call(module, inputs, named):
+    """Before the model runs: are all processes at the same place of the same text?"""
+    if named.get("output_attentions") or any(value is True for value in inputs[5:6]):
+        raise ValueError("output_attentions is not supported for a model that is shared among processes: "
+                         "each has only some of the heads")
+    ids = inputs[0] if inputs else named.get("input_ids")
+    if ids is None:
+        return
+    weights = torch.arange(1, ids.numel() + 1, device=ids.device)
+    mine = torch.tensor([*ids.shape, (ids.reshape(-1) * weights).sum()], device=ids.device)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    if any(not torch.equal(part, mine) for part in parts):
+        raise RuntimeError("the processes that share this model were given different ids: give each the same "
+                           "prompt, the same settings and the same seed")

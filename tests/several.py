@@ -1,0 +1,63 @@
+"""Functions run in several connected processes, as torchrun would start them."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def environment(i, N, port):
+    """What torchrun sets for process i of N on one machine."""
+    return dict(TORCHELASTIC_RUN_ID="test", RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(N),
+                MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start(function, N, *args, connect=True):
+    """N processes that call function(*args); what they print goes to FOLDER/out and FOLDER/err."""
+    folder, port = tempfile.mkdtemp(prefix="several-"), free_port()
+    FORKS.set_forkserver_preload(["several"])
+    made = []
+    for i in range(N):
+        made.append(FORKS.Process(target=child, args=(function, args, environment(i, N, port), folder, connect)))
+        made[-1].start()
+    return made, Path(folder)
+
+
+def in_several(function, N, *args):
+    """Call function(*args) in N connected processes; an assertion that fails in one fails here."""
+    made, folder = start(function, N, *args)
+    for process in made:
+        process.join(300)
+    said = (folder / "err").read_text(encoding="utf-8")
+    assert [process.exitcode for process in made] == [0] * N, said
+
+
+def child(function, args, env, folder, connect):
+    os.environ |= env
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    if connect:
+        dist.init_process_group("gloo")
+    try:
+        status = function(*args)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)                  # at once: a peer that waits for this one sees it go
