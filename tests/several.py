@@ -8,8 +8,11 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+
+from conftest import ROOT
 
 FORKS = multiprocessing.get_context("forkserver")
 
@@ -29,7 +32,10 @@ def free_port():
 def start(function, N, *args, connect=True):
     """N processes that call function(*args); what they print goes to FOLDER/out and FOLDER/err."""
     folder, port = tempfile.mkdtemp(prefix="several-"), free_port()
-    FORKS.set_forkserver_preload(["several"])
+    FORKS.set_forkserver_preload(["test_parallel"])        # imported once, not in each process
+    with pytest.MonkeyPatch.context() as patch:            # the server that forks finds these files
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
+        multiprocessing.forkserver.ensure_running()
     made = []
     for i in range(N):
         made.append(FORKS.Process(target=child, args=(function, args, environment(i, N, port), folder, connect)))

@@ -21,7 +21,7 @@ from several import in_several, start
 SHAPE = dict(vocab_size=96, hidden_size=48, intermediate_size=80, max_position_embeddings=64)
 NEO = GPTNeoConfig(**SHAPE, num_layers=3, num_heads=4, window_size=5, attention_types=((("global", "local"), 1), (("local",), 1)),
                    bos_token_id=0, eos_token_id=0)
-NEOX = GPTNeoXConfig(**SHAPE, num_hidden_layers=3, num_attention_heads=4, bos_token_id=0, eos_token_id=0)
+NEOX = GPTNeoXConfig(**SHAPE, num_hidden_layers=3, num_attention_heads=4, rotary_pct=0.5, bos_token_id=0, eos_token_id=0)
 CONFIGS = {"neo": NEO, "neo-untied": dataclasses.replace(NEO, tie_word_embeddings=False), "neox": NEOX,
            "neox-sequential": dataclasses.replace(NEOX, use_parallel_residual=False, attention_bias=False),
            "neox-tied": dataclasses.replace(NEOX, tie_word_embeddings=True)}
@@ -229,7 +229,8 @@ def peak(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
     kept = sum(p.nbytes for p in model.parameters())
     assert kept < 0.65 * model.config.num_hidden_layers * 12 * model.config.hidden_size ** 2 * 4 + 2 * 96 * 4 * 2048
-    assert (status("VmHWM") - before) / kept < 1.1
+    most = status("VmHWM") - before                                # beyond its share about 30 MB
+    assert most < 1.1 * kept, (most / 2**20, kept / 2**20, before / 2**20, status("RssFile") / 2**20)
 
 
 @pytest.mark.slow
@@ -237,8 +238,8 @@ def peak(folder):
 @pytest.mark.parametrize("family", ["neo", "neox"])
 def test_peak_memory_is_a_processs_share(family, tmp_path):
     shape = dict(vocab_size=96, hidden_size=1024, max_position_embeddings=64, intermediate_size=4096)
-    model = (GPTNeoForCausalLM(GPTNeoConfig(**shape, num_layers=12, num_heads=8, attention_types=((("global", "local"), 6),)))
-             if family == "neo" else GPTNeoXForCausalLM(GPTNeoXConfig(**shape, num_hidden_layers=12, num_attention_heads=8)))
+    model = (GPTNeoForCausalLM(GPTNeoConfig(**shape, num_layers=24, num_heads=8, attention_types=((("global", "local"), 12),)))
+             if family == "neo" else GPTNeoXForCausalLM(GPTNeoXConfig(**shape, num_hidden_layers=24, num_attention_heads=8)))
     model.save_pretrained(tmp_path)
     del model
     in_several(peak, 2, tmp_path)
