@@ -313,8 +313,8 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     if shared:
         check_parts(config)
         if stored:
-            raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among processes: "
-                             f"take the checkpoint that it was made from, with weights={weights!r}")
+            raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among "
+                             f"processes: take the checkpoint that it was made from, with weights={weights!r}")
     state = read_state(name_or_folder, paths, model, NAMES[family], dtype, device, weights, stored, shared)
     model.load_state_dict(state, strict=True, assign=True)
     if shared:

@@ -51,8 +51,8 @@ def parallelize(model):
         raise ValueError(f"this model is already shared among {model.shares} processes")
     check_parts(model.config)
     if any(hasattr(module, "words") for module in model.modules()):
-        raise ValueError("a quantized model cannot be cut: load it by from_pretrained(weights=..., tp_plan='auto'), "
-                         "where each process quantizes its own share")
+        raise ValueError("a quantized model cannot be cut: load it by from_pretrained(weights=..., "
+                         "tp_plan='auto'), where each process quantizes its own share")
     cut(model)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
@@ -65,7 +65,8 @@ def cut(model):
     for name, old in list(model.named_parameters()):
         layer, attribute = name.rpartition(".")[::2]
         layer = model.get_submodule(layer)
-        setattr(layer, attribute, torch.nn.Parameter(piece(name, old.detach(), model.config), requires_grad=False))
+        kept = piece(name, old.detach(), model.config)
+        setattr(layer, attribute, torch.nn.Parameter(kept, requires_grad=False))
         if isinstance(layer, torch.nn.Linear) and attribute == "weight":
             layer.out_features, layer.in_features = layer.weight.shape
     for module in model.modules():

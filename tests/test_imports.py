@@ -7,11 +7,7 @@ import pytest
 from conftest import ROOT
 
 # From the bottom.
-<<<<<<< HEAD
-ORDER = ["attention", "files", "tokenizer_settings", "tokenizer", "originals", "quantize", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
-=======
-ORDER = ["attention", "files", "processes", "parallel", "tokenizer_settings", "tokenizer", "originals", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
->>>>>>> 137efab (A model can be shared among several processes: each loads its share of every matrix, and generate.py runs under torchrun)
+ORDER = ["attention", "files", "processes", "parallel", "tokenizer_settings", "tokenizer", "originals", "quantize", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
          "neo", "neox", "score", "training", "generate", "mistakes", "diagnose", "vectors",
          "compare", "train", "benchmarks", "benchmark"]
 # The factory Auto... imports the models when it is called.
