@@ -33,214 +33,38 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from files import error_line, read_json, replace_closed_stderr, write_files
+from files import error_line, read_json, replace_closed_stderr
 from processes import (
     SharedError,
     error_text,
     everywhere,
-    gathered,
     join_processes,
     lost_process,
     processes,
     rank,
     say,
-    total,
 )
-from training.model import learning_rate, new_model, parameter_groups
+from training.model import new_model
 from training.new_tokenizer import CLASSES, new_tokenizer
-from training.tasks import Label, NextToken, autocast, check_fit, to_device
+from training.run import Run, describe
+from training.tasks import Label, NextToken, check_fit
 from training.texts import is_unicode
 
-FILES = dict(lm=["text"], classify=["train", "init"])       # what a task cannot do without
-NEW_MODEL = dict(family="neo", hidden_size=256, layers=4, heads=4, window=64, vocab_size=2048,
-                 dropout=0.0)                               # defaults; not allowed beside --init
+FILES = dict(lm=["text"], classify=["train", "init"])       # options that a task must be given
+NEW_MODEL = dict(                                           # defaults; not allowed beside --init
+    family=("neo", "architecture of a new model"), hidden_size=(256, "width of a new model"),
+    layers=(4, "layers of a new model"), heads=(4, "attention heads of a new model"),
+    window=(64, "window of the local layers of a new GPT-Neo"),
+    vocab_size=(2048, "tokens that a new model's tokenizer learns"),
+    dropout=(0.0, "dropout of a new model"))
 STATE = ("settings", "step", "seconds", "history", "model", "optimizer", "random")  # in state.pt
 RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "accumulate",
           "eval_every", "save_every")                       # the options that a Run takes
-
-
-# ------------------------------------------------------------------------------------------------
-# A run
-# ------------------------------------------------------------------------------------------------
-
-@dataclass
-class Run:
-    """A training run.  All that changes during it is in its saved state, so it can be killed."""
-
-    task: object                                            # with its model and its batches
-    folder: Path                                            # OUT.run
-    settings: dict                                          # what the result depends on
-    fresh: bool                                             # the weights are new
-    device: str
-    dtype: str
-    steps: int
-    lr: float
-    warmup: int
-    weight_decay: float
-    clip: float
-    accumulate: int
-    eval_every: int
-    save_every: int
-    step: int = 0
-    seconds: float = 0.0
-    history: list = field(default_factory=list)
-
-    def __post_init__(self):
-        self.model = self.replica = self.task.model.to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.weight_decay, self.fresh), lr=self.lr,
-            betas=(0.9, 0.95), fused=True)
-
-    def save(self):
-        """Write the state whole: a kill at any moment leaves the old state or the new."""
-        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        random = gathered([torch.get_rng_state(), *gpus])
-        if rank() == 0:
-            state = dict(
-                settings=self.settings, step=self.step, seconds=self.seconds, history=self.history,
-                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), random=random)
-            write_files(self.folder, {"state.pt": lambda path: torch.save(state, path)})
-
-    def restore(self, state):
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        cpu, *gpus = state["random"][rank()]
-        torch.set_rng_state(cpu)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
-
-    def backward(self):
-        """The gradients of the whole batch's mean loss, left in the model; returns that loss.
-
-        The batch is cut into one piece for each process and each turn of gradient accumulation.  A
-        piece's loss is a mean, so it is weighted by the piece's share of all predicted labels.  DDP
-        averages gradients where a sum is needed, so the loss is also multiplied by the number of
-        processes.
-        """
-        turns, batch = self.accumulate, self.task.batch(self.step)
-        scored, parts = self.task.count(batch["labels"]), turns * processes()
-        cut = zip(*(tensor.tensor_split(parts) for tensor in batch.values()))
-        pieces, loss = [dict(zip(batch, tensors)) for tensors in cut], 0.0
-        for turn, piece in enumerate(pieces[rank() * turns : (rank() + 1) * turns]):
-            share = self.task.count(piece["labels"]) / scored
-            alone = turn + 1 < turns and processes() > 1    # exchange gradients in the last turn
-            with self.replica.no_sync() if alone else contextlib.nullcontext():
-                with autocast(self.device, self.dtype):
-                    out = self.replica(**to_device(piece, self.device))
-                mean = out.loss if share else 0 * out.logits.sum()     # the mean of nothing is NaN
-                (mean * (share * processes())).backward()
-            loss += mean.item() * share
-        return total(loss)
-
-    def update(self):
-        """One step of the optimizer; returns what to log."""
-        lr = learning_rate(self.step, self.lr, self.warmup, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["share"]
-        loss = self.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        if not norm.isfinite():                             # in every process, once averaged
-            advice = "lower --lr" if self.step else "these weights cannot be trained"
-            raise SharedError(f"the gradient of step {self.step} is not finite: {advice}")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return dict(step=self.step, loss=loss, lr=lr, grad_norm=norm.item())
-
-    def train(self, stopping):
-        """Train until the last step, or until Ctrl-C puts something into `stopping` somewhere."""
-        began, first = time.time() - self.seconds, rank() == 0
-        if processes() > 1:                                 # the same weights, gradients averaged
-            self.replica = DistributedDataParallel(self.model)
-        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=not first)
-        metrics = self.folder / "metrics.jsonl" if first else os.devnull
-        metrics = open(metrics, "w", encoding="utf-8")
-
-        def log(record):
-            metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
-            metrics.flush()
-            return record
-
-        with metrics, bar:
-            for record in self.history:                     # lines after the last save are dropped:
-                log(record)                                 # they are computed, and logged, again
-            self.model.train()
-            while self.step < self.steps and not total(len(stopping)):
-                self.history.append(log(self.update()))
-                bar.set_postfix_str(f"loss {self.history[-1]['loss']:.3f}", refresh=False)
-                bar.update()
-                if first and (self.step % self.eval_every == 0 or self.step == self.steps):
-                    evaluated = dict(step=self.step) | self.task.evaluate(self.model, self.dtype)
-                    self.history.append(log(evaluated))
-                    draw(self.history, self.task, self.folder / "loss.png")
-                    bar.write(describe(evaluated), file=sys.stderr)
-                self.seconds = time.time() - began
-                if self.step % self.save_every == 0:
-                    self.save()
-            self.save()
-
-    def finish(self, out, save_dtype, command):
-        """Write the checkpoint.  training.json comes last: where it is, the run is complete."""
-        task = self.task
-        self.model.to(getattr(torch, save_dtype)).save_pretrained(out)
-        task.tokenizer.save_pretrained(out)
-        saved = type(self.model).from_pretrained(out).to(self.device)  # from the file, as users do
-        record = dict(
-            command=command, settings=self.settings, steps=self.step,
-            tokens=self.step * task.batch_size * task.context, seconds=round(self.seconds),
-            parameters=sum(p.numel() for p in self.model.parameters()),
-            threads=torch.get_num_threads(), python=sys.version.split()[0], torch=torch.__version__,
-            **task.scores(saved, "float32"))
-        write_files(out, {"training.json": (json.dumps(record, indent=2) + "\n").encode()})
-        return record
-
-
-def draw(history, task, path):
-    """Plot smoothed training loss and held-out loss; for a language model, in bits per byte."""
-    try:
-        import matplotlib
-    except ImportError:                                    # optional: metrics.jsonl has the numbers
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [record["step"] for record in history if "loss" in record]
-    losses = [record["loss"] * task.scale for record in history if "loss" in record]
-    valid = [(r["step"], r[task.curve]) for r in history if task.curve in r]
-    smooth, mean = [], 0.0
-    for i, value in enumerate(losses):
-        mean += (value - mean) / min(i + 1, 50)             # a running mean of about 50 steps
-        smooth.append(mean)
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(steps, smooth, label="training, smoothed")
-    if valid:
-        axes.plot(*zip(*valid), "o-", markersize=3, label="held out")
-    unit = task.curve.removeprefix("valid_").replace("_", " ")
-    axes.set(xlabel="step", ylabel=unit, title=path.parent.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_files(path.parent, {path.name: lambda part: figure.savefig(
-        part, format="png", dpi=120, bbox_inches="tight")})
-    pyplot.close(figure)
-
-
-def describe(record):
-    """One line about an evaluation, and its sample below it."""
-    scores = ", ".join(f"{name.removeprefix('valid_').replace('_', ' ')} {value:.4f}"
-                       for name, value in record.items()
-                       if name.startswith("valid_") and isinstance(value, float))
-    held_out = f", held out: {scores}" if scores else ""
-    sample = f"\n{record['sample']}\n" if "sample" in record else ""
-    return f"step {record.get('step', record.get('steps'))}{held_out}{sample}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,7 +73,7 @@ def describe(record):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """Bad options are a ValueError like any other, so they are said once and in one line."""
+        """Bad options raise a ValueError, so that `main` reports them once and in one line."""
         raise ValueError(message)
 
 
@@ -265,31 +89,32 @@ def parser():
     p.add_argument("--out", required=True, help="folder for the checkpoint; OUT.run is for the run")
     p.add_argument("--init", metavar="CHECKPOINT",
                    help="fine-tune this checkpoint with its tokenizer: a folder or a hub id")
-    for name, value in NEW_MODEL.items():
+    for name, (value, text) in NEW_MODEL.items():
         choices = list(CLASSES) if name == "family" else None
         p.add_argument(f"--{name.replace('_', '-')}", type=type(value), choices=choices,
                        metavar="neo|neox" if choices else name[0].upper(),
-                       help=f"of a new model (default {value})")
+                       help=f"{text} (default {value})")
     for name, value, text in [
             ("context", 512, "tokens in a sequence"),
-            ("batch-size", 8, "sequences in a step, over all processes"),
-            ("accumulate", 1, "gradient accumulation: in how many parts a process takes its share"),
+            ("batch-size", 8, "sequences in a step, over all processes together"),
+            ("accumulate", 1, "gradient accumulation: parts into which a process cuts its share"),
             ("steps", 2000, "optimizer steps"), ("lr", 1e-3, "highest learning rate"),
             ("warmup", 100, "steps of linear learning-rate warm-up; then a cosine decay"),
             ("weight-decay", 0.1, "AdamW's weight decay, for the matrices of linear layers"),
-            ("clip", 1.0, "gradient clipping: largest norm of all gradients together"),
+            ("clip", 1.0, "gradient clipping: the largest norm of all gradients together"),
             ("seed", 0, "random seed of new weights, data order and dropout"),
             ("eval-every", 250, "steps between evaluations"),
             ("save-every", 100, "steps between saves of the run"),
-            ("prompt", "", "prompt of the samples (default: the start of a text)")]:
+            ("prompt", "", "prompt of the sample texts (default: the start of a text)")]:
         p.add_argument(f"--{name}", type=type(value), default=value, metavar=name[0].upper(),
                        help=text if name == "prompt" else f"{text} (default {value})")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
-                   help="dtype of the matrix products; the weights stay float32")
+                   help="dtype of the matrix products (default float32); the weights stay float32")
     p.add_argument("--save-dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-                   help="dtype of the checkpoint's weights")
+                   help="dtype of the checkpoint's weights (default float32)")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda, ... (default: cuda if there is a GPU)")
     return p
 
 
@@ -306,10 +131,10 @@ def parse(argv):
     given = [f"--{name.replace('_', '-')}" for name in NEW_MODEL if getattr(args, name) is not None]
     if args.init and given:
         raise ValueError(f"{', '.join(given)}: with --init the checkpoint decides that")
-    for name, value in {} if args.init else NEW_MODEL.items():
+    for name, (value, _) in {} if args.init else NEW_MODEL.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not is_unicode(args.prompt):                         # bytes of a terminal that are not UTF-8
+    if not is_unicode(args.prompt):                         # a terminal may send other bytes
         raise ValueError("--prompt is not UTF-8")
     args.device = check_device(args.device)
     check_out(Path(args.out), run_folder(args.out))
@@ -340,7 +165,10 @@ def check_ranges(args):
 
 
 def check_device(name):
-    """ValueError for a device that is not there; of several processes each takes its own GPU."""
+    """The device's name, where of several processes each has its own GPU.
+
+    Raises ValueError for a device that cannot be used here.
+    """
     try:
         if name == "cuda" and processes() > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -362,7 +190,7 @@ def check_out(out, folder):
 
 
 def settings_of(options, contents):
-    """What the result depends on.  Of the texts it is their content, not where they lie."""
+    """A dict of what the result depends on; of the texts it has a hash of their content."""
     elsewhere = ("out", "threads", "device", "save_every", "eval_every", "prompt")
     settings = {name: value for name, value in options.items() if name not in elsewhere}
     settings["processes"] = processes()
@@ -407,8 +235,8 @@ def find_earlier(out, folder, settings):
         raise ValueError(f"{out} is there already, and not from train.py: choose another --out")
     else:
         return False, None
-    before = dict(task="lm", train=None, accumulate=1, processes=1)    # before one could choose
-    earlier = before | earlier
+    # A run may be older than these settings.
+    earlier = dict(task="lm", train=None, accumulate=1, processes=1) | earlier
     differ = [f"{name} was {earlier.get(name)!r} and is {value!r}"
               for name, value in settings.items() if earlier.get(name) != value]
     if differ:
@@ -435,8 +263,8 @@ def leaving_nothing(folder):
 def open_task(task, init, shape, folder):
     """Give the task its model and tokenizer: --init's, or new ones of this shape.
 
-    folder is that of an earlier run, which has a new model's tokenizer, or None.  Returns what to
-    tell.
+    folder: that of an earlier run, which holds a new model's tokenizer, or None.  Returns a line
+    about the texts to print.
     """
     context = task.context
     if init:
@@ -481,7 +309,7 @@ def run_or_resume(argv):
     stopping = []
 
     def stop(*_):
-        """An update must not be cut in two: the first Ctrl-C asks, only a second one interrupts."""
+        """The first Ctrl-C lets the current step end; a second one interrupts at once."""
         stopping.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
