@@ -3,11 +3,12 @@
     NAMES             two flat tables: checkpoint name -> our name
     load_pretrained   folder or hub id -> model, with one copy of the weights in memory
     save_pretrained   model -> folder that transformers and this project both read
-    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer   choose the class by config.json
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+                      choose the class by config.json
 
-The model is built on the meta device, which has shapes and no memory, and each tensor of the file
-takes the place of its parameter (`assign=True`).  safetensors are mapped from disk, not read: a
-weight costs memory when it is first used.
+The model is built on the meta device, where tensors have shapes but no memory, and each tensor of
+the files replaces its parameter (`assign=True`).  safetensors are mapped from disk, not read: a
+weight takes memory when it is first used.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ from files import error_line, fetch, plain, read_json, shown, write_files
 from originals import read_flax
 from parallel import add_up, check_connected, check_parts, cut, piece
 
-# '#' stands for the layer number, '*' for weight or bias.  None: known, and ignored on purpose.
-# The left side is what lies on EleutherAI's hub pages; a name without a rule is an error.
+# '#' stands for the layer number, '*' for weight or bias.  None: a known name that is ignored.
+# On the left are the names in EleutherAI's files on the hub; a name without a rule is an error.
 GPT_NEO = {
     "transformer.wte.weight":                          "transformer.embed.weight",
     "transformer.wpe.weight":                          "transformer.pos_embed.weight",
@@ -84,9 +85,9 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
 # ------------------------------------------------------------------------------------------------
 
 def translate(name, rules):
-    """One name through one table: what '#' and '*' stood for is put into the other side.
+    """The name on the right side of a table for one on its left side, with '#' and '*' filled in.
 
-    Returns None for a name to ignore; raises KeyError where no rule fits.
+    Returns None for a name to ignore; raises KeyError if no rule fits.
     """
     stem, _, part = name.rpartition(".")
     if part in quantize.PARTS:                             # the three that a quantized matrix is made of
@@ -102,7 +103,7 @@ def translate(name, rules):
 
 
 def our_name(name, table):
-    """One checkpoint name -> ours, or None to ignore it.  Raises KeyError where no rule fits."""
+    """Our name of a tensor in a checkpoint, or None to ignore it.  KeyError if no rule fits."""
     base = next(iter(table)).split(".")[0]                 # "transformer" or "gpt_neox"
     for full in (name, f"{base}.{name}"):                  # base models are saved without the prefix
         with contextlib.suppress(KeyError):
@@ -111,7 +112,7 @@ def our_name(name, table):
 
 
 def official_names(state, table):
-    """{our name: tensor} -> {checkpoint name: tensor}, by the same table read backwards."""
+    """{our name: tensor} -> {checkpoint name: tensor}, by the same table in reverse."""
     back = {ours: theirs for theirs, ours in reversed(table.items())}    # the first spelling wins
     return {translate(name, back): tensor for name, tensor in state.items()}
 
@@ -121,7 +122,7 @@ def official_names(state, table):
 # ------------------------------------------------------------------------------------------------
 
 def read_config(name_or_folder, revision=None, **hub):
-    """config.json as a dict, of a family that is known here."""
+    """The contents of config.json; ValueError if its model_type is neither of the two families."""
     path = fetch(name_or_folder, "config.json", revision, **hub)
     raw = read_json(path)
     family = raw.get("model_type")
@@ -256,7 +257,7 @@ def check_size(path, zipped):
 
 
 def oddity(tensor):
-    """What makes a tensor of a .bin file no plain array of numbers, or None."""
+    """Why a tensor of a .bin file is not a plain array of numbers, or None if it is one."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.is_nested:
@@ -278,29 +279,17 @@ def oddity(tensor):
 
 def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None, device=None,
                     attn_implementation="auto", weights=None, raw=None, changes=None):
-    """What every model's from_pretrained does; see base.PreTrainedModel.
+    """Load a model of the class `cls`: from_pretrained of every model, see base.PreTrainedModel.
 
-    raw: the contents of config.json where they have been read.  changes: the reference's other arguments
-    (LOADING) and fields of the config to set.
+    raw: the contents of config.json, if they have been read already.  changes: transformers' other
+    arguments (LOADING) and fields of the config to set.
     """
     changes = dict(changes or {})
-    shared = changes.pop("tp_plan", None)                  # the reference's name for tensor parallelism
-    if shared not in (None, "auto"):
-        raise ValueError(f"tp_plan={shown(shared)} is not supported: 'auto' shares the model among the "
-                         "processes of torchrun, None does not")
-    if shared:
-        check_connected()
+    shared = take_sharing(changes)
     hub, use_safetensors, device = loading_options(changes, device)
     raw = with_changes(read_config(name_or_folder, revision, **hub) if raw is None else raw, changes, cls)
     weights, stored, raw = quantize.what_to_load(raw, weights)
-    family = cls.config_class.model_type
-    if raw["model_type"] != family:
-        raise ValueError(f"{name_or_folder} is a {raw['model_type']} checkpoint, {cls.__name__} loads "
-                         f"{family}: use AutoModelForCausalLM to have the class chosen")
-    try:
-        config = cls.config_class.from_dict(raw)
-    except ValueError as error:
-        raise ValueError(f"{name_or_folder}/config.json: {error}") from None
+    config = make_config(cls, name_or_folder, raw)
     dtype = choose_dtype(torch_dtype, dtype, raw)
     generation_config, where = read_generation_config(name_or_folder, revision, raw, cls, hub)
     if stored:
@@ -315,7 +304,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
         if stored:
             raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among "
                              f"processes: take the checkpoint that it was made from, with weights={weights!r}")
-    state = read_state(name_or_folder, paths, model, NAMES[family], dtype, device, weights, stored, shared)
+    state = read_state(name_or_folder, paths, model, dtype, device, weights, stored, shared)
     model.load_state_dict(state, strict=True, assign=True)
     if shared:
         add_up(model)
@@ -324,6 +313,35 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     model.generation_config.update(generation_config)
     vars(model.generation_config)["file"] = where
     return model.eval()
+
+
+def take_sharing(changes):
+    """Take tp_plan, transformers' name for tensor parallelism, out of `changes`: "auto" or None.
+
+    Raises ValueError for another value, RuntimeError for "auto" if no processes are connected.
+    """
+    shared = changes.pop("tp_plan", None)
+    if shared not in (None, "auto"):
+        raise ValueError(f"tp_plan={shown(shared)} is not supported: 'auto' shares the model among the "
+                         "processes of torchrun, None does not")
+    if shared:
+        check_connected()
+    return shared
+
+
+def make_config(cls, name_or_folder, raw):
+    """The config of a model class from the contents of config.json.
+
+    Raises ValueError for a checkpoint of the other family and for a value that is not supported.
+    """
+    family = cls.config_class.model_type
+    if raw["model_type"] != family:
+        raise ValueError(f"{name_or_folder} is a {raw['model_type']} checkpoint, {cls.__name__} loads "
+                         f"{family}: use AutoModelForCausalLM to have the class chosen")
+    try:
+        return cls.config_class.from_dict(raw)
+    except ValueError as error:
+        raise ValueError(f"{name_or_folder}/config.json: {error}") from None
 
 
 HUB = ("cache_dir", "local_files_only", "token")            # for huggingface_hub; nothing for a folder
@@ -387,7 +405,7 @@ def device_of_map(device_map):
 
 
 def with_changes(raw, changes, cls):
-    """The contents of a config.json with some fields set anew; ValueError for what is no field."""
+    """The contents of a config.json with some fields changed; ValueError for an unknown field."""
     known = {*cls.config_class.__dataclass_fields__, "label2id"}
     if unknown := sorted(set(changes) - known):
         raise ValueError(f"{cls.__name__}.from_pretrained takes no {', '.join(unknown)}, and "
@@ -401,10 +419,11 @@ def with_changes(raw, changes, cls):
 
 
 def read_generation_config(name_or_folder, revision, raw, cls, hub):
-    """A checkpoint's settings for generate, and the file that they stand in, for error messages.
+    """A checkpoint's settings for generate, and the file that has them, for error messages.
 
-    As in transformers, generation_config.json counts alone where there is one, so that without an
-    eos_token_id in it text does not end.  Else they may stand in config.json (raw), as before 2023.
+    As in transformers: if there is a generation_config.json, only that counts, and if it has no
+    eos_token_id, generation does not stop at one.  Otherwise the settings may be in config.json
+    (raw), as in files from before 2023.
     """
     path = fetch(name_or_folder, "generation_config.json", revision, required=False, **hub)
     if path is not None:
@@ -417,7 +436,7 @@ def read_generation_config(name_or_folder, revision, raw, cls, hub):
 
 
 class NoInit(TorchFunctionMode):
-    """Leave out torch.nn.init: what it would draw is replaced, and normal_ on meta imports 150 MB."""
+    """Skip torch.nn.init: loading replaces its values, and on meta normal_ would import 150 MB."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -426,7 +445,7 @@ class NoInit(TorchFunctionMode):
 
 
 def choose_dtype(torch_dtype, dtype, raw):
-    """The dtype that either name of it asks for; None is "auto" where the config is silent."""
+    """The dtype that either argument names; None for "auto" if the config names none."""
     asked = {parse_dtype(given, raw) for given in (torch_dtype, dtype) if given is not None}
     if len(asked) > 1:
         raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other: give one")
@@ -434,7 +453,7 @@ def choose_dtype(torch_dtype, dtype, raw):
 
 
 def parse_dtype(dtype, raw):
-    """A dtype or its name -> the dtype; "auto" -> the config's, or None where it is silent."""
+    """A dtype or its name -> the dtype; "auto" -> the config's, or None if it names none."""
     if dtype == "auto":
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is None:
@@ -446,22 +465,14 @@ def parse_dtype(dtype, raw):
     return found
 
 
-def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, stored=False, shared=None):
-    """{our name: tensor} for exactly the model's parameters, each converted as it is read.
+def read_state(name_or_folder, paths, model, dtype, device, kind=None, stored=False, shared=None):
+    """{our name: tensor} for exactly the model's parameters, each converted when it is read.
 
-    dtype None takes that of the first weight.  kind: the model's linear layers are replaced by quantized
-    ones, whose integers are read where they are stored, and made from each matrix as it is read otherwise.
-    shared: the model is cut to this process's share, and of each tensor only that is kept.
-    A task head that is not in the files is drawn afresh, and a warning says so.  Raises one ValueError that
-    lists missing, unexpected and unfit tensors, the first ten.
+    dtype None: that of the first weight.  kind, stored, shared: see prepare.  A missing task head
+    is initialized randomly.  Raises one ValueError for all missing, unexpected and unfit tensors.
     """
-    wanted, integers = model.state_dict(), set()           # on the meta device: shapes and dtypes
-    if shared:
-        cut(model)
-    if kind:
-        integers = {f"{name}.weight" for name in quantize.replace_layers(model, kind)}
-    if stored:
-        wanted, integers = model.state_dict(), set()
+    table = NAMES[model.config.model_type]
+    wanted, integers = prepare(model, kind, stored, shared)
     tied = "lm_head.weight" in wanted and model.config.tie_word_embeddings
     inside = "" if hasattr(model, "transformer") else "transformer."       # a base model by itself
     state, seen, problems = {}, set(), []
@@ -473,14 +484,8 @@ def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, st
             problems.append(f"tensor {plain(name)} cannot become integers: {error}")
 
     for name, tensor in tensors_of(paths, "quantizing" if integers else "loading", bool(integers or shared)):
-        try:
-            ours = our_name(name, table)
-        except KeyError:
-            ours = ""                                      # no name of ours: unexpected
-        other_head = ours is not None and ours.split(".")[0] in HEADS and ours not in wanted
-        if ours is None or other_head and "lm_head" not in {key.split(".")[0] for key in wanted}:
-            continue                                       # of another task than this model's
-        ours = ours.removeprefix(inside)
+        if (ours := name_in_model(name, table, wanted, inside)) is None:
+            continue
         if problem := misfit(name, tensor, ours, wanted, seen):
             problems.append(problem)
         else:
@@ -494,24 +499,53 @@ def read_state(name_or_folder, paths, model, table, dtype, device, kind=None, st
         if "lm_head.weight" in integers and "lm_head.weight" in state:
             keep("lm_head.weight", "lm_head.weight", state.pop("lm_head.weight"), True)
     if model.head is not None and not any(name.startswith(model.head) for name in seen):
-        fresh = fresh_head(model, wanted, dtype or torch.float32, device)
-        warnings.warn(f"{', '.join(fresh)}: not in {name_or_folder}, so drawn afresh; train before use",
-                      stacklevel=4)
-        state |= fresh
+        state |= (fresh := fresh_head(model, wanted, dtype or torch.float32, device, name_or_folder))
         seen |= set(fresh)
-    official = official_names({inside + name: name for name in wanted}, table)
-    problems += [f"missing tensor {name} {tuple(wanted[ours].shape)}" for name, ours in official.items()
-                 if ours not in seen]
+    problems += missing_tensors(wanted, seen, table, inside)
     if problems:
         raise ValueError(f"the weights in {name_or_folder} do not fit its config.json: {told(problems, table)}")
     return state
 
 
-def tensors_of(paths, doing, apart):
-    """(name, tensor) of every file, one after the other, with a progress bar: what is `doing`.
+def prepare(model, kind, stored, shared):
+    """Give an empty model the layers that it is loaded with -> (the tensors to read, names to quantize).
 
-    apart: where the model keeps less than the tensors, each is mapped by itself, since what was read of the
-    others would stay in memory.
+    shared: cut the model to this process's share; of each tensor only that share will be kept.
+    kind: replace the linear layers by quantized ones.  Their integers are in the files if `stored`;
+    otherwise they are made from the weights, whose names are returned.
+    The tensors are {our name: tensor on the meta device}, which tells the shape and the dtype.
+    """
+    wanted, integers = model.state_dict(), set()
+    if shared:
+        cut(model)
+    if kind:
+        integers = {f"{name}.weight" for name in quantize.replace_layers(model, kind)}
+    return (model.state_dict(), set()) if stored else (wanted, integers)
+
+
+def name_in_model(name, table, wanted, inside):
+    """The model's name of a checkpoint's tensor; "" for an unknown one, None for one to ignore.
+
+    A model without a language model head ignores the heads of other tasks.
+    inside: what our names have in front of those of a base model, "transformer." or nothing.
+    """
+    try:
+        ours = our_name(name, table)
+    except KeyError:
+        return ""
+    if ours is None:
+        return None
+    other_head = ours.split(".")[0] in HEADS and ours not in wanted
+    if other_head and "lm_head" not in {key.split(".")[0] for key in wanted}:
+        return None
+    return ours.removeprefix(inside)
+
+
+def tensors_of(paths, doing, apart):
+    """Yield (name, tensor) of all files, with a progress bar that says `doing`.
+
+    apart: map each tensor by itself.  For a model that keeps less than the tensors; otherwise the
+    pages that were read of the others would stay in memory.
     """
     for path in paths:
         yield from tqdm(read_tensors(path, apart), desc=f"{doing} {path.name}",
@@ -519,7 +553,7 @@ def tensors_of(paths, doing, apart):
 
 
 def as_kept(ours, tensor, dtype, device, kind):
-    """{our name: tensor}: one in the model's dtype or, with a kind of integers, the three parts of a matrix."""
+    """{our name: tensor in the model's dtype}, or the three parts of a matrix of integers (kind)."""
     stem, _, part = ours.rpartition(".")
     if kind:
         parts = zip(quantize.PARTS, quantize.quantize(tensor, kind))
@@ -533,7 +567,7 @@ QUANTIZED = {"GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
 
 
 def told(problems, table):
-    """The problems as one text: what they have in common in one line, else the first ten and a count."""
+    """The problems as a text: one line for a common cause, otherwise the first ten and a count."""
     unexpected = [problem.split()[2] for problem in problems if problem.startswith("unexpected tensor ")]
     for tool, endings in QUANTIZED.items():
         if any(name.endswith(endings) for name in unexpected):
@@ -553,7 +587,7 @@ def told(problems, table):
 
 
 def known(name, table):
-    """Has the table a rule for this name?"""
+    """Does the table have a rule for this name?"""
     with contextlib.suppress(KeyError):
         our_name(name, table)
         return True
@@ -567,15 +601,24 @@ def rests(name):
         yield name
 
 
-def fresh_head(model, wanted, dtype, device):
-    """{name: tensor} of the head: weights N(0, initializer_range) and biases 0, as init_weights has them."""
+def missing_tensors(wanted, seen, table, inside):
+    """A problem, under the official name, for each wanted tensor that was not seen in the files."""
+    official = official_names({inside + name: name for name in wanted}, table)
+    return [f"missing tensor {name} {tuple(wanted[ours].shape)}" for name, ours in official.items()
+            if ours not in seen]
+
+
+def fresh_head(model, wanted, dtype, device, name_or_folder):
+    """{name: tensor} of a task head, initialized as by init_weights; a warning says so."""
     fresh = {name: torch.zeros(p.shape) for name, p in wanted.items() if name.startswith(f"{model.head}.")}
     fresh[f"{model.head}.weight"].normal_(std=model.config.initializer_range)
+    warnings.warn(f"{', '.join(fresh)}: not in {name_or_folder}, so drawn afresh; train before use",
+                  stacklevel=5)
     return {name: tensor.to(device=device, dtype=dtype) for name, tensor in fresh.items()}
 
 
 def misfit(name, tensor, ours, wanted, seen):
-    """What keeps one tensor of a file from being one of the model's, or None."""
+    """Why a tensor of a file does not fit into the model, or None if it does."""
     shape = tuple(tensor.shape)
     if ours not in wanted:
         return f"unexpected tensor {plain(name)} {shape}"
@@ -593,7 +636,7 @@ def misfit(name, tensor, ours, wanted, seen):
 
 
 def tie(state):
-    """Let a tied head be the embedding; returns the problem if the file holds two different ones."""
+    """Make a tied head the embedding; return a problem if the file has two different ones."""
     embed, head = state.get("transformer.embed.weight"), state.get("lm_head.weight")
     if embed is None:
         return []
