@@ -312,7 +312,10 @@ class Tokenizer:
         return b"".join(self._pieces(id_list(ids), skip_special_tokens)).decode("utf-8", "replace")
 
     def batch_decode(self, rows, skip_special_tokens=False, **options):
-        """The texts of many rows of ids, such as model.generate returns."""
+        """The texts of many rows of ids, such as model.generate returns; ids alone are one row."""
+        rows = as_lists(rows)
+        if not (isinstance(rows, (list, tuple)) and rows and isinstance(rows[0], (list, tuple))):
+            rows = [rows]
         return [self.decode(row, skip_special_tokens, **options) for row in rows]
 
     def stream(self, ids, skip_special_tokens=False):

@@ -221,7 +221,8 @@ def plain(result):
     lambda t: plain(t.pad({"input_ids": [[1, 2], [3]]}, return_tensors="pt")),
     lambda t: plain(t.pad([{"input_ids": [1, 2]}, {"input_ids": [3]}], padding="max_length", max_length=5)),
     lambda t: plain(t(["a b c d", "a"], truncation=True, max_length=2)), lambda t: t.decode(END, skip_special_tokens=True),
-    lambda t: t.batch_decode([[1, 2], [3]]), lambda t: plain(t("hello", "world", return_token_type_ids=True)),
+    lambda t: t.batch_decode([[1, 2], [3]]), lambda t: t.batch_decode([1, 2]), lambda t: t.batch_decode(torch.tensor([1, 2])),
+    lambda t: t.batch_decode([]), lambda t: t.batch_decode([torch.tensor([1, 2]), torch.tensor([3])]), lambda t: plain(t("hello", "world", return_token_type_ids=True)),
     lambda t: t.num_special_tokens_to_add(), lambda t: plain(t(["hello"], max_length=2, truncation=True, stride=0)),
 ])
 @pytest.mark.parametrize("side", ["left", "right"])
