@@ -117,6 +117,16 @@ def test_a_bin_of_very_many_names(zipped, folder):
     assert time.process_time() - begun < 2
 
 
+@pytest.mark.parametrize("body", [b"(" * 900_000 + b".", b"\x80\x02)" + b"\x85" * 900_000 + b"."], ids=["marks", "tuples"])
+def test_a_pickle_of_very_many_steps(body, folder):
+    """Each step is one byte, and unpickling them takes seconds."""
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", body)
+    begun = time.process_time()
+    refusal(folder, "pytorch_model.bin", "more tensors than any model has")
+    assert time.process_time() - begun < 2
+
+
 def test_a_compressed_bin_is_refused_before_it_is_unpacked(folder):
     path = folder / "pytorch_model.bin"
     torch.save(weights(), folder / "plain")
