@@ -25,7 +25,15 @@ import torch.distributed as dist
 from attention import choose_backend
 from files import replace_closed_stderr
 from load_weights import AutoModelForCausalLM, AutoTokenizer
-from processes import SharedError, everywhere, gathered, join_processes, lost_process, processes, rank
+from processes import (
+    SharedError,
+    everywhere,
+    gathered,
+    join_processes,
+    lost_process,
+    processes,
+    rank,
+)
 from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate)
 from score import likeliest, read_text, score_text, window_and_stride
 
@@ -104,8 +112,8 @@ def add_model_options(add):
     add("--dtype", default="float32", metavar="NAME",
         help="float32 (default), bfloat16, float16, or auto for the checkpoint's own")
     add("--weights", choices=["int8", "int4"],
-        help="round the weights to 8 or 4 bits while loading: they need a quarter or a sixth of the "
-             "memory of float32; with --compile decoding becomes faster, without it slower")
+        help="round the weights to 8 or 4 bits while loading: they need a quarter or a sixth of "
+             "float32's memory; decoding becomes faster with --compile and slower without it")
     add("--backend", default="auto", metavar="NAME",
         help="attention backend: auto (default), naive, sdpa, triton, flash")
     add("--compile", action="store_true",
@@ -132,7 +140,8 @@ def what_is_wrong(args, parser):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             return f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
     if processes() > 1 and (args.interactive or args.score == "-"):
-        return "standard input cannot be shared by several processes: give the text as an argument or a file"
+        return ("standard input cannot be shared by several processes: give the text as an "
+                "argument or a file")
     if args.seed is not None and not -2**63 <= args.seed < 2**64:
         return "--seed must fit into 64 bits"
     return "--stop needs a text that is not empty" if "" in args.stop else None
@@ -242,7 +251,8 @@ def status(model, name, backend, counts):
     backend = f"{chosen} ({backend})" if chosen != backend else chosen
     speed = f"{new / new_seconds:.0f} tokens/s" if new else "no more"
     return (f"{os.path.basename(os.path.normpath(name))}"
-            f" · {model.num_parameters() / 1e6:.1f} M weights{f' as {model.weights}' * bool(model.weights)}"
+            f" · {model.num_parameters() / 1e6:.1f} M weights"
+            f"{f' as {model.weights}' * bool(model.weights)}"
             f" · {model.device} {str(model.dtype).removeprefix('torch.')} · attention {backend}"
             f" · prompt {prompt} tokens, {prompt / prompt_seconds:.0f} tokens/s"
             f" · then {speed} · peak memory {peak_memory(model.device) / 2**20:.0f} MiB")
@@ -270,8 +280,9 @@ def usable_device(name):
 
 
 def load(name, *, tokenizer, revision, dtype, device, backend, weights):
-    """Model and tokenizer; for each of these options see --help.  Of several processes each loads its share.
+    """Model and tokenizer; for each of these options see --help.
 
+    Of several processes each loads its own share of the model.
     Raises ValueError or OSError for what cannot be loaded, ImportError for a backend that cannot
     be used.
     """

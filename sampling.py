@@ -24,37 +24,38 @@ from tokenizer import token_bytes
 
 @dataclass
 class Settings:
-    """How to generate.  The defaults are the reference's; a checkpoint may have others."""
+    """How to generate.  The defaults are those of the reference; a checkpoint may name others."""
 
     do_sample: bool = False               # False: greedy, always the likeliest token
-    temperature: float = 1.0              # below 1 sharpens, above 1 flattens
+    temperature: float = 1.0              # below 1 sharpens the distribution, above 1 flattens
     top_k: int | None = 50                # only the k likeliest; 0 or None: all
     top_p: float | None = 1.0             # only the fewest that hold this much probability
     min_p: float | None = None            # only those with this share of the largest probability
-    repetition_penalty: float = 1.0       # above 1 makes what already stands in the text unlikelier
-    no_repeat_ngram_size: int = 0         # no n tokens stand twice in the text
+    repetition_penalty: float = 1.0       # above 1: tokens of the text become less likely
+    no_repeat_ngram_size: int = 0         # the same n tokens in a row never occur twice
     bad_words_ids: list | None = None     # lists of ids that are never written
     suppress_tokens: list | None = None   # ids that are never written
     begin_suppress_tokens: list | None = None   # ids that are not written first
     max_length: int | None = None         # prompt and continuation together
     max_new_tokens: int | None = None     # continuation alone; wins over max_length
-    min_length: int | None = None         # no end of text before it, prompt included
-    min_new_tokens: int | None = None     # the same, without the prompt; wins over min_length
-    stop_strings: str | list | None = None      # a row ends with the token that completes one
+    min_length: int | None = None         # no end of text before this length, with the prompt
+    min_new_tokens: int | None = None     # the same without the prompt; wins over min_length
+    stop_strings: str | list | None = None      # a row ends when one of these texts is complete
     num_return_sequences: int = 1
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
-    bos_token_id: int | None = None       # nothing here reads it: no prompt is made up
+    bos_token_id: int | None = None       # accepted, but not used: there is always a prompt
 
     @classmethod
     def of(cls, model, given, config=None):
-        """Given by the caller, else by `config`, else by the checkpoint, else the default.
+        """Each setting from `given`, else from `config`, else from the checkpoint, else the default.
 
-        given: {name: value}, where None switches off.  config: a dict or an object like
-        transformers' GenerationConfig, where None means not set.  Only a checkpoint without any
-        generation settings has the ids of the end of text and of padding from config.json.
-        Raises ValueError, naming the setting, for what this project does not do and for values that
-        mean nothing.
+        given: {name: value}, what the caller asks for; None switches a setting off.  config: a dict
+        or an object like transformers' GenerationConfig, where None means not set.  The ids of the
+        end of text and of padding come from config.json only where the checkpoint has no generation
+        settings at all.
+        Raises ValueError, naming the setting, for what this project does not do and for values
+        without a meaning.
         """
         stored = as_dict(model.generation_config)
         where = getattr(model.generation_config, "file", "generation_config.json")
@@ -76,7 +77,7 @@ class Settings:
         return settings
 
     def check(self, source):
-        """Raise ValueError, naming setting and file, for values that mean nothing."""
+        """Raise ValueError, naming the setting and its file, for a value without a meaning."""
         for name, (right, must) in CHECKS.items():
             value = getattr(self, name)
             read = self.do_sample or name not in SAMPLING_ONLY
@@ -91,7 +92,7 @@ class Settings:
             self.min_length = None
         if self.num_return_sequences > 1 and not self.do_sample:
             raise ValueError(f"{source['num_return_sequences']}num_return_sequences above 1 needs "
-                             "do_sample=True: greedy ones are all equal")
+                             "do_sample=True: greedy sequences would all be equal")
 
     @property
     def eos_ids(self):
@@ -100,11 +101,14 @@ class Settings:
 
     @property
     def pad(self):
-        """What follows the end of a row: pad_token_id, else the first end of text, else None."""
+        """The id written after a row's end: pad_token_id, else the first eos id, else None."""
         return self.pad_token_id if self.pad_token_id is not None else (self.eos_ids or [None])[0]
 
     def total_length(self, prompt, config):
-        """Tokens of prompt and continuation, or ValueError with the numbers if they cannot be."""
+        """The number of tokens of prompt and continuation together.
+
+        Raises ValueError, with the numbers, where so many are not possible.
+        """
         if self.max_new_tokens is not None:
             total = prompt + self.max_new_tokens
             if self.max_length is not None:
@@ -145,7 +149,7 @@ def filled(value):
 
 
 TOKEN_IDS = (lambda x: list_of(whole, x), "a list of token ids")
-CHECKS = {                                                 # what each setting must be, None apart
+CHECKS = {                                                 # what each setting must be, unless None
     "do_sample": (lambda x: isinstance(x, bool), "True or False"),
     "temperature": (lambda x: number(x) and 0 < x < math.inf,
                     "a number above 0 (do_sample=False is the limit towards 0)"),
@@ -169,12 +173,12 @@ CHECKS = {                                                 # what each setting m
     "pad_token_id": (whole, "a token id or None"),
     "bos_token_id": (whole, "a token id or None"),
 }
-# What only a draw reads; greedy text is the same whatever they say, here and in the reference.
+# Settings that only sampling uses; greedy decoding ignores them, here and in the reference.
 SAMPLING_ONLY = {"temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff",
                  "eta_cutoff"}
 
-# The reference's other settings and arguments, which are left to it.  None and the values that
-# stand here change nothing and are accepted; any other value is refused by the setting's name.
+# The reference's other settings and arguments, which this project does not have.  None and the
+# values given here change nothing and are accepted; any other value is refused by the name.
 REFUSED = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "typical_p",
                      "encoder_repetition_penalty"), (1,)),
@@ -195,8 +199,8 @@ REFUSED = {
                      "negative_prompt_attention_mask", "custom_generate", "inputs_embeds",
                      "position_ids", "past_key_values", "token_type_ids"), ()),
 }
-# Accepted whatever they say.  They act only together with a setting that is refused (beam search,
-# an assistant), say how the reference computes and not what, or only describe the file.
+# Accepted with any value.  They act only together with a setting that is refused (beam search, an
+# assistant model), change how the reference computes but not what, or only describe the file.
 WITHOUT_EFFECT = {
     "early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
@@ -272,8 +276,8 @@ STEPS = (
 def choose(scores, settings, generator=None, text=None):
     """One token for each row.  scores (B, V) float32 -> ids (B,)
 
-    text: the Text so far, for the settings that look at it.  Sampling draws for every row, ended or
-    not, so that the draws of the others do not depend on when a row ends.
+    text: the Text so far, for the settings that look at it.  Sampling draws a token for every row,
+    also for rows that have ended, so that the other rows' draws do not depend on when a row ends.
     """
     for name, off, step in STEPS:
         value = getattr(settings, name)
@@ -285,7 +289,7 @@ def choose(scores, settings, generator=None, text=None):
 
 
 def forbid(scores, ids):
-    """-inf for these ids, a list; one that the vocabulary does not have is never written anyway."""
+    """-inf for these ids, a list; ids outside the vocabulary are passed over.  (B, V) -> (B, V)"""
     ids = [i for i in ids if i < scores.size(-1)]
     ids = torch.tensor(ids, dtype=torch.long, device=scores.device)
     return scores.index_fill(-1, ids, float("-inf"))
@@ -294,7 +298,7 @@ def forbid(scores, ids):
 def forbid_words(scores, ids, words, eos):
     """-inf for every token that would complete one of the words, lists of ids.  (B, V) -> (B, V)
 
-    ids (B, T) is the text so far.  A word that is an end of text alone stays allowed.
+    ids (B, T) is the text so far.  A word of one token that is an end of text stays allowed.
     """
     words = [word for word in words if word not in [[i] for i in eos]]
     banned = torch.zeros_like(scores, dtype=torch.bool)
@@ -307,10 +311,10 @@ def forbid_words(scores, ids, words, eos):
 
 
 def forbid_repeats(scores, ids, n):
-    """-inf for tokens that would repeat n tokens that stand in the row.  (B, V) -> (B, V)
+    """-inf for tokens that would make n tokens in a row occur a second time.  (B, V) -> (B, V)
 
-    The last n - 1 tokens of ids (B, T) are compared with every n - 1 before them; where they agree,
-    the token that followed then must not follow now.
+    The last n - 1 tokens of ids (B, T) are compared with every n - 1 tokens before them.  Where
+    they agree, the token that followed there must not follow here.
     """
     V, T = scores.size(-1), ids.size(1)
     if T < n:
@@ -331,8 +335,8 @@ def keep_top_k(scores, k):
 def keep_top_p(scores, p):
     """-inf outside the smallest set of tokens that holds probability p.  (B, V) -> (B, V)
 
-    From the unlikeliest up, tokens go as long as all that went is at most 1 - p together; the
-    likeliest always stays.
+    Starting from the least likely, tokens are removed as long as the removed ones together have a
+    probability of at most 1 - p.  The likeliest token always stays.
     """
     ranked, order = scores.sort(descending=False)                          # (B, V)
     drop = ranked.softmax(-1).cumsum(-1) <= 1 - p
@@ -347,10 +351,11 @@ def keep_min_p(scores, p):
 
 
 def penalize(scores, ids, first, penalty):
-    """Push down what already stands in each row, prompt included, once however often it stands.
+    """Lower the score of each token of the row, prompt included.  (B, V) -> (B, V)
 
-    scores (B, V); ids (B, T); first (B,) the row's first real slot: padding does not count.
-    A negative score is multiplied, a positive one divided: both ways it falls if penalty > 1.
+    ids (B, T) is the text so far; first (B,) each row's first real slot, as padding does not count.
+    A negative score is multiplied by the penalty and a positive one divided by it, once, however
+    often the token occurs; with a penalty above 1 both become lower.
     """
     V = scores.size(-1)
     padding = torch.arange(ids.size(1), device=ids.device) < first[:, None]           # (B, T)
@@ -371,9 +376,9 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
     """Yield the next token of every row, (B,), until all rows have ended or the length is reached.
 
     input_ids (B, T), padded on the left where rows differ, with attention_mask (B, T) to say where.
-    A row that has ended yields padding.  real_vocab: ids from there on are never chosen (they are
-    rows that only round up the size of the matrix).  compile: after the prefill, decode with the
-    compiled step of fast/step.py.  tokenizer: what stop_strings are found with.
+    A row that has ended yields padding.  real_vocab: ids from this one on are never chosen (they
+    are rows that only round up the size of the matrix).  compile: after the prefill, decode with
+    the compiled step of fast/step.py.  tokenizer: to find stop_strings in the text.
     """
     mask = infer_mask(input_ids, attention_mask, settings)                 # (B, T)
     total = settings.total_length(input_ids.size(1), model.config)
@@ -390,12 +395,12 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
         if text.length >= total or text.done.all():
             return
         new = token[:, None]                                               # (B, 1)
-        if text.eos:                                       # without one, ended rows are written on
+        if text.eos:                                       # otherwise ended rows go on too: append
             decoder.leave_out(text.done)
 
 
 class Text:
-    """The rows as they stand: ids (B, T), and which have ended, done (B,) bool."""
+    """The text so far: its ids (B, T), and which rows have ended, done (B,) bool."""
 
     def __init__(self, ids, mask, settings, tokenizer):
         self.ids, self.prompt = ids, ids.size(1)
@@ -413,10 +418,10 @@ class Text:
         return self.ids.size(1)
 
     def append(self, token):
-        """Write one token (B,) to each row, padding to those that have ended; returns that.
+        """Append one token to each row, or padding to a row that has ended; returns these, (B,).
 
-        Without an end of text nothing is padded: as in the reference, rows that have met a stop
-        text are written on until all have.
+        Without an eos id there is no padding: as in the reference, a row whose stop string is
+        complete goes on until every row has one.
         """
         if self.eos:
             token = token.masked_fill(self.done, self.pad)
@@ -428,10 +433,10 @@ class Text:
 
 
 def ends_in(ids, stops, tokenizer):
-    """Rows in which one of the stop texts ends, or begins, in the last token.  (B, T) -> (B,) bool
+    """Which rows have a stop string that is complete with the last token?  (B, T) -> (B,) bool
 
-    Bytes are compared, as in the reference: a token may be a part of a character.  An id without a
-    token counts as a byte that UTF-8 does not have.
+    As in the reference, bytes are compared, since a token may be a part of a character.  An id
+    without a token counts as a byte that never occurs in UTF-8.
     """
     found = []
     for row in ids[:, -max(map(len, stops)):].tolist():
@@ -443,7 +448,7 @@ def ends_in(ids, stops, tokenizer):
 
 
 class Decoder:
-    """A model and its KV cache; it need not go on with the rows that have ended."""
+    """A model and its KV cache; it can leave out the rows that have ended."""
 
     def __init__(self, model, mask, total, compile):
         B = mask.size(0)
@@ -454,9 +459,9 @@ class Decoder:
         self.B, self.rows = B, torch.arange(B, device=mask.device)     # rows: those not left out
 
     def scores(self, new):
-        """Scores (B, V) float32 after the new ids: at first the prompt (B, T), then (B, 1).
+        """Logits (B, V), float32, after the new ids: first the prompt (B, T), then a token (B, 1).
 
-        Rows that are left out have zeros.
+        Rows that are left out are zeros.
         """
         if not self.cache.length:
             return prefill(self.model, new, self.mask, self.position_ids, self.cache).float()
@@ -473,10 +478,11 @@ class Decoder:
         return self.model(new, mask, position_ids, cache=self.cache, logits_to_keep=1).logits[:, -1]
 
     def leave_out(self, done):
-        """No more computing for rows that have ended, done (B,).
+        """Do not compute rows that have ended, done (B,) bool, any more.
 
-        A model that keeps to the reference's arithmetic computes all rows, as the reference does:
-        its last bits depend on the shapes multiplied.  The compiled step is compiled for one number of rows.
+        A model that keeps to the reference's arithmetic computes all rows, as the reference does,
+        since its last bits depend on the shapes that are multiplied.  The compiled step is made for
+        one number of rows.
         """
         if self.step or self.model.exact:
             return
@@ -491,10 +497,11 @@ CHUNK = 512                                                # tokens that a prefi
 
 
 def prefill(model, ids, mask, position_ids, cache):
-    """Let the cache grow by ids (B, T); logits (B, V) after the last.
+    """Read ids (B, T) into the cache; returns the logits (B, V) after the last.
 
-    A long prompt passes in chunks, so that memory does not grow with its square.  A model
-    that keeps to the reference's arithmetic takes it in one piece: its last bits depend on the shapes.
+    A long prompt is read in chunks, so that memory does not grow with the square of its length.  A
+    model that keeps to the reference's arithmetic reads it in one piece, since its last bits depend
+    on the shapes that are multiplied.
     """
     past, T = cache.length, ids.size(1)
     chunk = T if model.exact else CHUNK
@@ -515,13 +522,16 @@ def new_cache(model, B, total):
 
 
 def compiled_step(model, cache):
-    """fast/step.py's step; imported here, for only --compile needs torch's compiler."""
+    """The compiled step; imported here, since only compile=True needs torch's compiler."""
     from fast.step import Step
     return Step(model, cache)
 
 
 def infer_mask(input_ids, attention_mask, settings):
-    """attention_mask, or what the reference makes of none: padding only if it cannot be an eos."""
+    """attention_mask (B, T), int64; where none is given, the one that the reference infers.
+
+    Padding is then masked only if the padding id is not also an end of text.
+    """
     if attention_mask is not None:
         return attention_mask.long()
     if settings.pad is not None and settings.pad not in settings.eos_ids:
@@ -531,19 +541,18 @@ def infer_mask(input_ids, attention_mask, settings):
 
 def generate(self, input_ids=None, attention_mask=None, *, generator=None, compile=False,
              tokenizer=None, generation_config=None, **settings):
-    """Prompt and continuation as ids, (B * num_return_sequences, total).
+    """Prompt and continuation as ids, (B * num_return_sequences, total) int64.
 
-    settings: the fields of Settings, where each is explained.
-
-    input_ids (B, T) integer, rows of different length padded on the left; attention_mask (B, T)
-    says where.  eos_token_id: one id or several; None never stops.  With neither length given, 20
-    new tokens.  generator: a torch.Generator to draw from, else torch's global one.  compile:
-    decode with the compiled step of fast/step.py, which takes some seconds to make, once.
-    tokenizer: needed for stop_strings.  generation_config: settings as a dict or as transformers'
-    object; those given by name go before it.  inputs is another name of input_ids.
-    Raises ValueError before any compute for settings that mean nothing or that this project does
-    not have, ids outside the vocabulary, an empty prompt, more positions than the model has;
-    RuntimeError for compile=True without a C++ compiler.
+    input_ids (B, T) integer, where shorter rows are padded on the left; attention_mask (B, T) says
+    where.  settings: the fields of Settings, where each is explained.  eos_token_id: one id or
+    several; with None no row ends.  Without max_length and max_new_tokens, 20 new tokens.
+    generator: a torch.Generator to draw from, else torch's global one.  compile: decode with the
+    compiled step of fast/step.py, which takes some seconds to compile, once.  tokenizer: needed for
+    stop_strings.  generation_config: settings as a dict or as transformers' object; settings given
+    by name win over it.  inputs: another name of input_ids.
+    Raises ValueError, before anything is computed, for settings that have no meaning or that this
+    project does not have, ids outside the vocabulary, an empty prompt, and more positions than the
+    model has; RuntimeError for compile=True without a C++ compiler.
     """
     inputs = settings.pop("inputs", None)
     if inputs is not None and input_ids is not None:
@@ -560,7 +569,7 @@ def generate(self, input_ids=None, attention_mask=None, *, generator=None, compi
     return torch.cat([input_ids, *(token[:, None] for token in new)], dim=1)
 
 
-# What an old config.json can say of generating; the loader finds it here.
+# The generation settings that an old config.json may hold; the loader reads them from here.
 generate.settings = [*CHECKS, *REFUSED]
 
 

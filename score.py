@@ -14,8 +14,8 @@ each window evaluates the tokens that no window before it has evaluated:
 Every token but the first, which has nothing before it, is evaluated once, given at least L - S
 tokens (one where S = L).  A small stride gives each token more to go on and takes more forward
 passes, N / S of them.  The windows are those of transformers' documentation, "Perplexity of
-fixed-length models".  Its average leaves one token of each later window out of the count; this one
-leaves out none.
+fixed-length models".  The average there leaves out one token of each later window; this one leaves
+out none.
 """
 
 import itertools
@@ -37,10 +37,10 @@ SLICE = 256                                            # rows of logits that bec
 class Score:
     """What evaluating a text gives."""
     loss: float                 # mean cross entropy of a token given those before it (nats)
-    bits_per_byte: float        # the same for a byte; it alone can be compared between tokenizers
+    bits_per_byte: float        # the same for a byte: only it compares tokenizers fairly
     perplexity: float           # exp(loss)
     tokens: int                 # evaluated: all but the first
-    bytes: int                  # of UTF-8 that these tokens stand for
+    bytes: int                  # UTF-8 bytes that these tokens stand for
 
 
 def windows(N, L, S):
@@ -49,12 +49,12 @@ def windows(N, L, S):
     for start in range(0, N, S):
         end = min(start + L, N)
         if end > first:
-            yield min(start, first - 1), first, end    # S = L: with the token before the window
+            yield min(start, first - 1), first, end    # where S = L: the token before it too
             first = end
 
 
 def window_and_stride(config, stride=None):
-    """L, the length that the model was made for, and S, half of it unless given.
+    """(L, S): the number of the model's positions, and the stride, half of it unless given.
 
     Raises ValueError for a stride outside 1 … L.
     """
@@ -90,16 +90,17 @@ def log_probs(model, ids, stride=None):
 
 
 def score_text(model, tokenizer, text, stride=None):
-    """Evaluate a text: its Score.  Bytes are counted from the evaluated tokens themselves.
+    """The Score of a text.  Bytes are counted from the evaluated tokens themselves.
 
-    Raises what log_probs raises.
+    model, stride: as for `log_probs`, whose errors it raises.
     """
     ids = tokenizer.encode(text)
-    found = log_probs(model, torch.tensor(ids, dtype=torch.long, device=model.device), stride)
-    loss = -found.double().mean()
+    ids_tensor = torch.tensor(ids, dtype=torch.long, device=model.device)              # (N,)
+    log_p = log_probs(model, ids_tensor, stride)                                       # (N - 1,)
+    loss = -log_p.double().mean()
     size = sum(len(token_bytes(token)) for token in tokenizer.convert_ids_to_tokens(ids[1:]))
-    bits = loss.item() * len(found) / math.log(2)
-    return Score(loss.item(), bits / size, loss.exp().item(), len(found), size)
+    bits = loss.item() * len(log_p) / math.log(2)
+    return Score(loss.item(), bits / size, loss.exp().item(), len(log_p), size)
 
 
 @torch.no_grad()
@@ -120,7 +121,7 @@ def likeliest(model, tokenizer, prompt, count):
 
 
 def shown(token):
-    """A token as Python writes it: 'text', or b'bytes' where it is a part of a character."""
+    """A token as Python writes it: 'text', or b'bytes' if it is only a part of a character."""
     try:
         return repr(token_bytes(token).decode("utf-8"))
     except UnicodeDecodeError:
@@ -130,7 +131,7 @@ def shown(token):
 def read_text(name):
     """The text of a UTF-8 file, or of standard input for "-", without a byte-order mark.
 
-    Raises ValueError where it cannot be read, is not UTF-8 or is empty.
+    Raises ValueError if it cannot be read, is not UTF-8 or is empty.
     """
     if name == "-" and sys.stdin is None:
         raise ValueError("standard input is closed: there is no text to read")
