@@ -332,12 +332,19 @@ CHANGES = {
     "MLP that nobody knows": lambda m: replaced(m, MLP, lambda old: Lora(torch.nn.Linear(16, 16))),
 }
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Compiled decoding as far as PyTorch's tracer, without the minute of a C++ compiler."""
+@pytest.fixture(scope="module", params=["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def traced_parts(request):
+    """What is traced for the unchanged models is kept for all tests, as a user's process keeps it."""
     torch.compiler.reset()
-    for name in ("block", "head"):
-        part = torch.compile(getattr(step, f"{name}_forms"), fullgraph=True, backend="aot_eager")
+    yield {name: torch.compile(getattr(step, f"{name}_forms"), fullgraph=True, backend=request.param)
+           for name in ("block", "head")}
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def traced(monkeypatch, traced_parts):
+    """Compiled decoding as far as PyTorch's tracer, without the minute of a C++ compiler."""
+    for name, part in traced_parts.items():
         monkeypatch.setattr(step, f"compiled_{name}", part)
 
 
@@ -356,8 +363,7 @@ def test_compiled_decoding_calls_what_stands_in_the_model(change, traced):
     assert relative(step_logits(model, True), expected) < 1e-5
 
 
-def test_a_hook_acts_in_compiled_decoding_and_acts_no_more_when_removed():
-    """The same with the compiler itself."""
+def check_that_a_hook_acts_until_it_is_removed():
     model = model_of("gpt_neox", torch.float32)
     before = step_logits(model, True)
     handle = CHANGES["hook"](model)
@@ -365,6 +371,15 @@ def test_a_hook_acts_in_compiled_decoding_and_acts_no_more_when_removed():
     assert relative(expected, before) > 1e-3 and relative(step_logits(model, True), expected) < 1e-5
     handle.remove()
     assert torch.equal(step_logits(model, True), before)
+
+
+def test_a_hook_acts_in_compiled_decoding_and_acts_no_more_when_removed(traced):
+    check_that_a_hook_acts_until_it_is_removed()
+
+
+@pytest.mark.slow
+def test_a_hook_acts_with_the_compiler_itself():
+    check_that_a_hook_acts_until_it_is_removed()
 
 
 def step_logits(model, compile):
