@@ -269,6 +269,10 @@ CAUSAL = [neo.GPTNeoForCausalLM, neox.GPTNeoXForCausalLM]
 IDS = torch.randint(1, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+# Tracing takes its time: in the quick half the causal models and one other head of each family.
+few_classes = pytest.mark.parametrize("cls", [c if c in (*CAUSAL, neo.GPTNeoForQuestionAnswering, neox.GPTNeoXForTokenClassification)
+                                              else pytest.param(c, marks=pytest.mark.slow) for c in CLASSES],
+                                      ids=lambda c: c.__name__)
 causal = pytest.mark.parametrize("cls", CAUSAL, ids=lambda c: c.__name__)
 
 
@@ -437,7 +441,7 @@ def test_contexts(cls):
     assert torch.equal(found, results(make(cls, seed=1))[0]) and torch.equal(results(model)[0], before)
 
 
-@every_class
+@few_classes
 def test_torch_compile_takes_a_model_whole(cls):
     """No graph break, with the default attention, without a mask and with one."""
     torch.compiler.reset()
@@ -468,7 +472,7 @@ def test_torch_compile(cls):
     assert torch.equal(compiled.generate(IDS, **how), model.generate(IDS, **how))
 
 
-@every_class
+@few_classes
 def test_torch_export(cls):
     """A graph without Python, for the exported shape and, with a dynamic dimension, for others.
 

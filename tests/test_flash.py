@@ -6,7 +6,6 @@ error; the path for local layers is therefore checked against a stand-in that do
 documentation says.
 """
 
-import subprocess
 import sys
 import types
 
@@ -16,8 +15,9 @@ import pytest
 import torch
 
 import attention as A
+import generate
+import load_weights
 from attention_cases import LAYOUTS, WIDTHS, all_of, padding, tensors
-from conftest import ROOT
 from helpers import ours, random_case, relative
 
 for name in ("_flash_attn_forward", "_flash_attn_backward", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
@@ -153,11 +153,14 @@ def test_refusals(monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["raise ValueError('not with this triton')", "import nothing_of_that_name"])
-def test_an_import_that_fails_for_whatever_reason(tmp_path, broken):
+def test_an_import_that_fails_for_whatever_reason(tmp_path, broken, monkeypatch, capsys):
     """On the command line: one line, exit status 2, before any weight is read."""
     (tmp_path / "flash_attn.py").write_text(broken)
-    out = subprocess.run([sys.executable, "generate.py", "HAMLET.", "--backend", "flash_attention_2"], cwd=ROOT,
-                         capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)})
-    assert out.returncode == 2 and out.stdout == "" and out.stderr.count("\n") == 1
-    assert out.stderr.startswith("error: attention backend 'flash' (flash_attention_2) needs the flash-attn package")
-    assert ("not with this triton" in out.stderr) or ("nothing_of_that_name" in out.stderr)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(load_weights, "read_tensors", None)
+    assert generate.main(["HAMLET.", "--backend", "flash_attention_2"]) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.count("\n") == 1
+    assert out.err.startswith("error: attention backend 'flash' (flash_attention_2) needs the flash-attn package")
+    assert ("not with this triton" in out.err) or ("nothing_of_that_name" in out.err)

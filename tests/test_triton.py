@@ -4,8 +4,9 @@ The interpreter does not show tensor cores, tf32, shared memory and races.  Some
 off the compiled code: `python benchmark.py kernels`, of which test_benchmark.py runs a part.
 """
 
+import importlib.util
 import itertools
-import subprocess
+import re
 import sys
 from collections import Counter
 
@@ -17,6 +18,7 @@ from hypothesis import given, settings, strategies
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import attention as A
+import generate
 from attention_cases import (
     LAYOUTS,
     NAMES,
@@ -42,7 +44,8 @@ ERRORS = [(torch.float32, False), (torch.float16, True), (torch.float16, False),
 # (numpy multiplies in the interpreter), ATEN_CPU_CAPABILITY=default and avx2, MKL_ENABLE_INSTRUCTIONS=
 # SSE4_2 and AVX2, ONEDNN_MAX_CPU_ISA=AVX2 and 1, 2 and 4 threads, with 20 seeds: outputs at most 0.85,
 # gradients 1.01; with 100 seeds under Haswell 0.97 and 1.33.
-@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 120), marks=SLOW)], ids=["20", "100"])
+@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(20), marks=SLOW), pytest.param(range(20, 120), marks=SLOW)],
+                         ids=["10", "20", "100"])
 @pytest.mark.parametrize("dtype, upcast", ERRORS, ids=str)
 def test_error_against_float64(dtype, upcast, seeds):
     """At most 1.2 times naive's own error in the same dtype, 2 times for the gradients."""
@@ -262,7 +265,7 @@ def test_second_derivatives_are_refused():
 
 # Whole models
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3, 5, *(pytest.param(n, marks=SLOW) for n in (4, 6, 7))])
+@pytest.mark.parametrize("seed", [1, 2, 3, *(pytest.param(n, marks=SLOW) for n in (0, 4, 5, 6, 7))])
 def test_models(seed):
     """Logits within 1e-5 of the definition's, at T > 2 · window; the gradients too."""
     case = random_case(seed)
@@ -277,15 +280,17 @@ def test_models(seed):
         assert relative(b, a) < 1e-5 or (b - a).abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("folder, model_class", [("demo-neo", GPTNeoForCausalLM), ("demo-neox", GPTNeoXForCausalLM)])
-def test_demo_checkpoints(folder, model_class):
+@pytest.mark.parametrize("folder, model_class, T", [
+    ("demo-neo", GPTNeoForCausalLM, 66), ("demo-neox", GPTNeoXForCausalLM, 20),
+    pytest.param("demo-neo", GPTNeoForCausalLM, 80, marks=SLOW), pytest.param("demo-neox", GPTNeoXForCausalLM, 80, marks=SLOW)])
+def test_demo_checkpoints(folder, model_class, T):
     """Trained weights, past demo-neo's window of 64: whole, and then token by token on a cache."""
     naive, triton = (model_class.from_pretrained(ROOT / "checkpoints" / folder, attn_implementation=name)
                      for name in ("naive", "triton"))
-    ids = torch.randint(0, 1400, (1, 80), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 1400, (1, T), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert relative(triton(ids).logits, naive(ids).logits) < 1e-5
-    prompt = ids[:, :63]
+    prompt = ids[:, :min(63, T)]
     texts = [model.generate(prompt, max_new_tokens=3, do_sample=False) for model in (naive, triton)]
     assert torch.equal(*texts)
 
@@ -323,22 +328,51 @@ def test_what_it_cannot_do_it_says(monkeypatch):
         A.attention(q, q, q, scale=1.0, backend="triton")
 
 
-@pytest.mark.parametrize("broken, reason", [("sys.modules['triton'] = None", "import of triton halted"),
-                                            ("sys.path.insert(0, {path!r})", "cannot find its compiler")])
-def test_without_triton(tmp_path, broken, reason):
-    """Missing or broken: the models import and run, and the backend says what it needs."""
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('cannot find its compiler')")
-    code = (f"import sys; {broken.format(path=str(tmp_path))}\n"
-            "import torch, attention, neo\n"
-            "q = torch.zeros(1, 1, 3, 4)\n"
-            "attention.attention(q, q, q, scale=1.0)\n"
-            "try: attention.attention(q, q, q, scale=1.0, backend='triton')\n"
-            "except ImportError as error: print(error)")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                         check=True).stdout
-    assert "backend 'triton' cannot run here: importing the triton package failed" in out
-    assert reason in out
+def attention_anew(tmp_path):
+    """attention.py read a second time, under another name, as the sys.modules and variables of now let it."""
+    source = (ROOT / "attention.py").read_text().replace('"window_attention::', '"planted_attention::')
+    (tmp_path / "attention_anew.py").write_text(source)    # operators have one name
+    spec = importlib.util.spec_from_file_location("attention_anew", tmp_path / "attention_anew.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def without_triton(monkeypatch, tmp_path):
+    """without_triton(kind) -> attention.py read again where Triton is missing, broken, or switched off."""
+    def prepare(kind):
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text("raise OSError('cannot find its compiler')")
+        if kind == "broken":
+            monkeypatch.syspath_prepend(tmp_path)
+        if kind == "off":
+            monkeypatch.setenv("TRITON_INTERPRET", "0")
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        if kind == "missing":
+            monkeypatch.setitem(sys.modules, "triton", None)
+        else:
+            monkeypatch.delitem(sys.modules, "triton")
+        return attention_anew(tmp_path)
+    return prepare
+
+
+@pytest.mark.parametrize("kind, reason", [
+    ("missing", "importing the triton package failed (import of triton halted"),
+    ("broken", "importing the triton package failed (cannot find its compiler"), ("off", "there is no CUDA GPU")])
+def test_without_triton(without_triton, monkeypatch, capsys, kind, reason):
+    """Everything else runs, and the backend says what it needs; the command line in one line."""
+    module = without_triton(kind)
+    q = torch.zeros(1, 1, 3, 4)
+    assert torch.equal(module.attention(q, q, q, scale=1.0), q)
+    words = f"attention backend 'triton' cannot run here: {reason}"
+    with pytest.raises(ImportError, match=re.escape(words)):
+        module.attention(q, q, q, scale=1.0, backend="triton")
+    for name in ("triton", "no_triton"):
+        monkeypatch.setattr(A, name, getattr(module, name))
+    assert generate.main(["HAMLET.", "--backend", "triton", "--device", "cpu"]) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.startswith(f"error: {words}") and out.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("value", ["1", "true", "TRUE", "on", "0", "", "false", "off", "no", "2"])
@@ -348,13 +382,3 @@ def test_the_interpreter_is_on_where_triton_says_so(monkeypatch, value):
     assert A.asked_to_interpret() == A.triton.knobs.runtime.interpret
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not A.asked_to_interpret()
-
-
-def test_the_command_line_says_it_in_one_line():
-    """With the interpreter switched off, on a CPU."""
-    command = [sys.executable, "generate.py", "HAMLET.", "--backend", "triton", "--device", "cpu"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                         env={"PATH": "/usr/bin:/bin", "HOME": str(ROOT), "TRITON_INTERPRET": "0"})
-    assert out.returncode == 2 and out.stderr.count("\n") == 1
-    assert out.stderr.startswith("error: attention backend 'triton' cannot run here: "
-                                 "there is no CUDA GPU")
