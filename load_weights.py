@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import quantize
 from files import error_line, fetch, plain, read_json, shown, write_files
-from originals import read_flax
+from originals import original_config, original_files, read_original
+from originals.neox import NUMPY_STATE
 from parallel import add_up, check_connected, check_parts, cut, piece
 
 # '#' stands for the layer number, '*' for weight or bias.  None: a known name that is ignored.
@@ -123,8 +124,10 @@ def official_names(state, table):
 
 def read_config(name_or_folder, revision=None, **hub):
     """The contents of config.json; ValueError if its model_type is neither of the two families."""
-    path = fetch(name_or_folder, "config.json", revision, **hub)
-    raw = read_json(path)
+    raw, path = original_config(name_or_folder, read_bin), name_or_folder
+    if raw is None:
+        path = fetch(name_or_folder, "config.json", revision, **hub)
+        raw = read_json(path)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in NAMES:
         raise ValueError(f"{path}: config field 'model_type' is {shown(family)}; "
@@ -145,6 +148,8 @@ def weight_files(name_or_folder, revision=None, use_safetensors=None, **hub):
             return shards(path, name_or_folder, revision, hub)
         if path is not None:
             return [path]
+    if use_safetensors is None and (paths := original_files(name_or_folder, read_bin)):
+        return paths
     where = "" if Path(name_or_folder).is_dir() else " on the hub (or in its cache, if it is out of reach)"
     raise FileNotFoundError(f"no weights in {name_or_folder}{where}: looked for {', '.join(looked_for)}")
 
@@ -172,8 +177,8 @@ def read_tensors(path, apart=False):
 
     apart: map each tensor by itself, so that what was read of it leaves the memory with it.
     """
-    if Path(path).suffix == ".msgpack":
-        yield from read_flax(path)
+    if Path(path).suffix in (".msgpack", ".index", ".pt"):
+        yield from read_original(path, read_bin)
         return
     if Path(path).suffix != ".safetensors":
         yield from read_bin(path).items()
@@ -201,16 +206,19 @@ LARGEST_PICKLE = 2**20                                     # bytes; GPT-NeoX-20B
 MOST_STEPS = 300_000                                       # of a pickle; a tensor takes about 30
 
 
-def read_bin(path):
+def read_bin(path, module=False):
     """The dict of tensors in a file of torch.save, without running code that is in it.
 
+    module: it is the entry of this name, beside others, in a checkpoint of DeepSpeed.
     Raises ValueError, naming the file, for one that is damaged, that holds anything but plain tensors, or
     that would take much more time or memory than its weights.
     """
     try:
         zipped = zipfile.is_zipfile(path)                  # before torch 1.6 no zip, so not to be mapped
         check_size(path, zipped)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals(NUMPY_STATE if module else []):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        state = state["module"] if module else state
     except pickle.UnpicklingError:
         raise ValueError(f"{path} was refused: it holds something other than tensors, which could run "
                          "code when loaded, or it is damaged") from None

@@ -8,11 +8,11 @@ from conftest import ROOT
 
 # From the bottom.
 ORDER = ["attention", "files", "processes", "parallel", "tokenizer_settings", "tokenizer", "originals", "quantize", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
-         "neo", "neox", "score", "training", "generate", "mistakes", "diagnose", "vectors",
+         "neo", "neox", "convert", "score", "training", "generate", "mistakes", "diagnose", "vectors",
          "compare", "train", "benchmarks", "benchmark"]
 # The factory Auto... imports the models when it is called.
 FACTORY = {("load_weights", "neo"), ("load_weights", "neox")}
-FOLDERS = ("fast", "training", "benchmarks")
+FOLDERS = ("originals", "fast", "training", "benchmarks")
 FILES = [ROOT / f"{name}.py" for name in ORDER if name not in FOLDERS]
 FILES += [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 # What a function may import: packages that need not be installed, or are no part of every Python,

@@ -1,9 +1,9 @@
-"""The files that the weights were first published in: what stands in them, read and written.
+"""flax_model.msgpack: GPT-Neo as transformers' Flax classes (until 4.57) kept it.
 
-    FLAX_NAMES               flax_model.msgpack -> the hub's names
-    read_flax, write_flax    GPT-Neo's flax_model.msgpack, one tensor in memory at a time
+    read_flax, write_flax    one tensor in memory at a time
 
-All tensors come out under the hub's names (load_weights.GPT_NEO, GPT_NEOX) and in torch's layout.
+msgpack maps in maps, whose leaves are extensions of type 1: shape, name of the dtype, bytes in C order
+(flax/serialization.py).
 """
 
 import math
@@ -25,11 +25,6 @@ def tensor_of(data, dtype, shape):
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
-
-# ------------------------------------------------------------------------------------------------
-# Flax: msgpack maps in maps, whose leaves are extensions of type 1: shape, name of the dtype, bytes
-# (flax/serialization.py)
-# ------------------------------------------------------------------------------------------------
 
 # Flax names a weight by what its layer does with it, and keeps a matrix as (in, out), x @ kernel;
 # torch's Linear computes x @ weight.T from (out, in).  So a kernel is transposed.
