@@ -26,6 +26,7 @@ from load_weights import (
     WEIGHT_FILES,
     NoInit,
     misfit,
+    missing_tensors,
     official_names,
     our_name,
     read_config,
@@ -59,7 +60,7 @@ class Source:
         self.folder = name_or_folder if not Path(name_or_folder).is_dir() else self.paths[0].parent
         with torch.device("meta"), NoInit():
             model = self.cls(self.config)
-        self.wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        self.wanted = model.state_dict()
         if self.config.tie_word_embeddings:
             del self.wanted["lm_head.weight"]
         self.sizes = self.checked()
@@ -87,9 +88,7 @@ class Source:
                 problems.append(problem)
             sizes[ours] = (tensor.dtype, tuple(tensor.shape))
         problems += tie(tied)
-        official = official_names({name: name for name in self.wanted}, self.table)
-        problems += [f"missing tensor {theirs} {self.wanted[ours]}" for theirs, ours in official.items()
-                     if ours not in sizes]
+        problems += missing_tensors(self.wanted, sizes, self.table, "")
         if problems:
             raise ValueError(f"the weights in {self.name} do not fit its config.json: "
                              f"{told(problems, self.table)}")
