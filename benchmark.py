@@ -84,8 +84,7 @@ def write_tiny(kind, folder):
 
 
 def load(model, rounds):
-    """from_pretrained in a process of its own, every weight read once; peak above the
-    interpreter's."""
+    """from_pretrained in a process of its own, with every weight read once: time and peak memory."""
     with tempfile.TemporaryDirectory() as root:
         folder, tiny = f"{root}/whole", f"{root}/tiny"
         write(model, folder)
@@ -140,22 +139,28 @@ def arguments(argv):
            help="transformers (default), llama.cpp, or both with a comma")
     option("--dtype", choices=["float32", "bfloat16", "float16"],
            help="default float32; for attention on a GPU float16")
-    option("--rounds", type=int, default=5)
-    option("--tokens", type=int, default=2048, help="prefill: length of the prompt")
+    option("--rounds", type=int, default=5, metavar="N",
+           help="how often everyone takes a turn (default 5)")
+    option("--tokens", type=int, default=2048, metavar="T",
+           help="prefill: length of the prompt (default 2048)")
     option("--lengths", type=int, nargs="+", metavar="T",
            help="prefill and attention: several lengths")
-    option("--contexts", type=int, nargs="+", metavar="T", default=[16, 1900], help="decode")
+    option("--contexts", type=int, nargs="+", metavar="T", default=[16, 1900],
+           help="decode: tokens in the cache (default 16 and 1900)")
     option("--new-tokens", type=int, default=24, metavar="N",
-           help="decode and batch: tokens a turn")
-    option("--device", help="attention and gpu: default cuda where there is one")
-    option("--heads", type=int, default=12, help="attention")
-    option("--head-dim", type=int, default=64, metavar="D", help="attention")
-    option("--window", type=int, default=256, metavar="W", help="attention")
+           help="decode and batch: tokens in each turn (default 24)")
+    option("--device", metavar="NAME",
+           help="attention and gpu: cpu, or cuda (default if there is a GPU)")
+    option("--heads", type=int, default=12, metavar="H", help="attention: heads (default 12)")
+    option("--head-dim", type=int, default=64, metavar="D",
+           help="attention: width of a head (default 64)")
+    option("--window", type=int, default=256, metavar="W",
+           help="attention: window of the local layer (default 256)")
     option("--plot", metavar="FILE",
            help="prefill, decode, attention: also a picture; growth: a folder for two")
     option("--out", metavar="DIR", help="gpu: the folder for the table, the figures and the plot")
     option("--minutes", type=float, default=7.5,
-           help="gpu: what does not fit is listed (default 7.5)")
+           help="gpu: time for the whole run (default 7.5); what does not fit is listed")
     option("--json", metavar="FILE", help="also write every figure to a file")
     args = parser.parse_args(argv)
     if args.what == "gpu" and not args.out:
@@ -179,7 +184,7 @@ def main(argv=None):
 
 
 def processor():
-    """Its name, where the system tells."""
+    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip()

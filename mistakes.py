@@ -6,13 +6,13 @@
 
     python mistakes.py            prints the table, with the cost measured anew
 
-A mistake is a few patches, (object, attribute, value): a function replaced by a wrong one, a layer's
-setting changed, a layer's output rearranged.  Nothing is copied, so that a mistake costs no memory and
-goes away at the end of the with-block.  Some mistakes can be made in more than one way (the base of the
-rotation can be any wrong number); each way is a variant, with the same id.
+A mistake is a few patches, (object, attribute, value): a function is replaced by a wrong one, a
+setting of a layer is changed, or a layer's output is rearranged.  Nothing is copied, so a mistake
+costs no memory, and it is gone after the with-block.  Some mistakes can be made in several ways (the
+base of the rotation can be any wrong number); each way is a variant with the same id.
 
-diagnose.py looks for the mistake that gives a port's own numbers; the tests plant every one of them and
-see that the comparison with transformers notices it.
+diagnose.py looks for the mistake that gives a port's own numbers.  The tests plant every one of them
+and see that the comparison with transformers notices it.
 
     B batch · T tokens · C width · H heads · D width of a head · R rotated dims · W window
 """
@@ -181,7 +181,7 @@ def out_transposed(model):
 
 
 def heads_not_transposed(model):
-    """Behind attention; before and behind it, where (B, T, H * D) is read as (B, H, T, D)."""
+    """After attention, where (B, H, T, D) is read as (B, T, H * D); before it; and in both places."""
     module, H = module_of(model), model.config.num_attention_heads
     attention = module.attention
 
@@ -223,8 +223,10 @@ def softmax_bfloat16(model):
 
 
 def with_weights(model, change, kinds=(nn.Linear, nn.Embedding, nn.LayerNorm)):
-    """The patches that pass every weight and bias of these kinds of layers through `change`, while the
-    layer runs: a changed copy of all weights would need their memory once more."""
+    """The patches that pass every weight and bias of these kinds of layers through `change`.
+
+    Each layer's are changed only while it runs, since a copy of all would double the memory.
+    """
     def changed(layer, forward):
         def wrong(x):
             names = [name for name in ("weight", "bias") if getattr(layer, name, None) is not None]
@@ -280,7 +282,10 @@ def extra_first_token(model):
 
 
 def logits_shifted(model):
-    """The logits of the next or of the last position; NaN at the end, where a port may have anything."""
+    """Row i holds the logits of position i + 1, or of i - 1.
+
+    The row without logits is NaN, since a port may have anything there.
+    """
     def later(logits):
         return F.pad(logits[:, 1:], (0, 0, 0, 1), value=math.nan)
 
@@ -380,7 +385,7 @@ def residual(parallel):
 
 
 def with_tables(tables):
-    """`tables(model, position_ids, R, base)` gives the cosines and sines in place of rotary_tables."""
+    """`tables(model, position_ids, R, base)` returns cosines and sines instead of rotary_tables."""
     def variants(model):
         def wrong(position_ids, R, base, dtype):
             cos, sin = tables(model, position_ids, R, base)
@@ -414,7 +419,7 @@ def rotary_base(model):
 
 
 def rotary_bfloat16(model):
-    """Positions, frequencies, angles or finished tables in bfloat16: each of them, and all of them."""
+    """Positions and frequencies, angles, or the finished tables in bfloat16, and combinations."""
     def rounded(x, yes):
         return x.bfloat16().float() if yes else x
 
@@ -477,16 +482,16 @@ def head_tied(model):
 class Mistake:
     """One row of the table.
 
-    rounds: it rounds within the computation, so that a port in another order of operations agrees with
-    it less closely than to float32's own rounding.  whole_text: a position depends on later ones, so
-    that the beginning of a text cannot be computed by itself.
+    rounds: the mistake rounds within the computation, so a port that makes it in another order of
+    operations agrees less closely than to float32's rounding.  whole_text: a position depends on
+    later ones, so the beginning of a text cannot be computed alone.
     """
     id: str
     family: str | None                     # None: both
     sentence: str                          # what the mistake is
     fix: str                               # how to put it right in a port
     plant: Callable                        # model -> variants, each a list of patches
-    cost: dict                             # by family: relative difference of the logits, as `measured`
+    cost: dict                             # {family: relative difference of the logits}, see `measured`
     rounds: bool = False
     whole_text: bool = False
 
@@ -672,7 +677,8 @@ BY_ID = {mistake.id: mistake for mistake in MISTAKES}
 def variants(model):
     """Yield (mistake, patches) for every way to make every mistake of this model's family.
 
-    Within planted(...) they come on top of what is planted there."""
+    Called within planted(...), each comes on top of what is planted there.
+    """
     for mistake in MISTAKES:
         if mistake.family in (None, model.config.model_type):
             for patches in mistake.plant(model):
@@ -685,8 +691,9 @@ def variants(model):
 # ------------------------------------------------------------------------------------------------
 
 def example_models():
-    """Small models with wide random weights: with the usual ones, many a mistake changes nothing."""
-    shared = dict(vocab_size=97, hidden_size=64, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
+    """Small models with wide random weights: with the usual ones, many mistakes change nothing."""
+    shared = dict(vocab_size=97, hidden_size=64, max_position_embeddings=128, bos_token_id=0,
+                  eos_token_id=0)
     yield neo.GPTNeoForCausalLM(neo.GPTNeoConfig(
         **shared, num_layers=4, num_heads=4, window_size=8,
         attention_types=[[["global", "local"], 2]]), "naive")
@@ -698,7 +705,10 @@ def example_models():
 
 @torch.no_grad()
 def measured():
-    """{id: {family: relative difference of the logits}} of each mistake's first variant, for 60 tokens."""
+    """{id: {family: relative difference of the logits}} of each mistake's first variant.
+
+    The text has 60 tokens.
+    """
     costs = {}
     for model in example_models():
         generator, family = torch.Generator().manual_seed(0), model.eval().config.model_type
@@ -712,7 +722,7 @@ def measured():
             if family not in costs.setdefault(mistake.id, {}):
                 with planted(patches):
                     gap = model(ids).logits - right
-                rows = ~gap.isnan().any(-1)                # a shifted row has no number for one position
+                rows = ~gap.isnan().any(-1)                # logits-shifted leaves one row empty
                 costs[mistake.id][family] = (gap[rows].norm() / right[rows].norm()).item()
     return costs
 

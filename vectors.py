@@ -6,9 +6,10 @@
 DIR needs neither Python nor a network: checkpoints in the official format, ids, logits and hidden
 states as .npy and .safetensors, greedy continuations and tokenizer cases as JSON, and a README that
 says how to read and judge them.  The weights are wide random numbers and the shapes are odd, so
-that no mistake hides: heads of width 12, a window that divides no length, rotary positions on a part
+that no mistake hides: heads of width 12, a window that divides no length, rotary positions on part
 of a head and on all of it, both forms of the residual, tied and untied heads, and vocabularies with
-more rows than tokens.  examples/port.c is a port that answers them; docs/checking-a-port.md tells how.
+more rows than tokens.  examples/port.c is a port that answers them, and docs/checking-a-port.md
+explains how to use them.
 
     T tokens · C width · V vocabulary (rows) · L layers
 """
@@ -34,7 +35,7 @@ from neox import GPTNeoXConfig, GPTNeoXForCausalLM
 
 T, PROMPT, NEW = 31, 9, 20                 # tokens of the ids, of the prompt, and new ones
 TOKENS, ROWS = 101, 104                    # ids that a tokenizer gives, and rows of the vocabulary
-FIRST_SEED = 7                             # with it the likeliest id is never ahead by a hair
+FIRST_SEED = 7                             # with it the likeliest id is always clearly ahead
 TOLERANCE = 1e-5
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 

@@ -58,8 +58,8 @@ def results(backend, tensors, backward, **how):
 def errors(backend, tensors, backward, **how):
     """Relative norms against float64 of the backend's results and of the definition's: two lists.
 
-    Heads do not know of each other, so one of them tells enough; but the backend computes all, since
-    FlexAttention would be compiled anew for a single one.
+    Heads are independent of each other, so one is compared; but the backend computes all of them,
+    since FlexAttention would be compiled anew for a single one.
     """
     head = [x[:1, :1] for x in tensors]
     truth = results("naive", [x.double() for x in head], backward, **how)

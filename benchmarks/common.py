@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Colours that everyone can tell apart (Okabe and Ito), each with one meaning in all pictures.
+# Colours that colour-blind readers can tell apart too (Okabe and Ito), the same in all pictures.
 COLOURS = {"ours": "#0072B2", "compiled": "#009E73", "transformers": "#D55E00",
            "llama.cpp": "#CC79A7", "naive": "#0072B2", "sdpa": "#E69F00",
            "triton": "#009E73", "flash": "#D55E00", "flex": "#CC79A7"}
@@ -30,7 +30,7 @@ def seconds(function):
 
 
 def in_turns(runs, rounds):
-    """{name: function that measures} -> {name: its figures}, everyone once in each round."""
+    """{name: function that measures} -> {name: its figures}; in each round each measures once."""
     figures = {name: [] for name in runs}
     for i in range(rounds + 1):                            # the first round warms up
         for name, run in runs.items():
@@ -57,9 +57,10 @@ print(json.dumps({result}))
 
 
 def in_fresh_process(code, result="peak()"):
-    """Run code in a Python process of its own; returns the value there of `result`, by default the
-    peak of its memory in bytes.  A peak cannot be taken back, so each measurement needs a process
-    that did nothing else.
+    """Run code in a new Python process; returns the value that the expression `result` has there.
+
+    By default that is the peak of its memory in bytes.  A peak never goes down, so each measurement
+    needs a process that did nothing else.
     """
     script = FRESH_PROCESS.format(root=str(ROOT), code=code, result=result)
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,

@@ -1,5 +1,4 @@
-"""One interface to everyone who takes part: prefill a prompt, fill a cache, decode n tokens
-greedily.
+"""The same interface for all that are compared: prefill, fill a cache, decode n tokens greedily.
 
 All get the same weights, threads and dtype.  Each runs as its users run it: transformers with its
 own default attention and cache; llama.cpp (benchmarks/llama_cpp.py) with the same numbers in a GGUF
@@ -37,8 +36,11 @@ class Ours:
 
     @torch.no_grad()
     def decode(self, n):
-        """Seconds of each of n tokens.  Afterwards the cache counts its old length again, so that
-        the next turn does the same work (what a ring has lost costs the same to read)."""
+        """Seconds of each of n tokens.
+
+        Afterwards the cache has its old length again, so that the next turn does the same work.  (A
+        local layer's oldest keys are then overwritten, which costs the same to read.)
+        """
         times, new = [], self.new
         for i in range(n):
             start = time.perf_counter()

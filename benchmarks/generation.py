@@ -7,9 +7,9 @@
     python benchmark.py ceilings                     how fast it can read and multiply
 
 All take turns within one run, because the speed of a machine drifts; ratios are taken turn by turn,
-and the median is reported.  The floor is the least time in which it could be done: bytes of weights
-and cache over the read bandwidth, or operations over the speed of a matrix product, both measured
-just before.  The "share of the floor" is this least time over the measured time.
+and the median is reported.  The floor is the least possible time: the bytes of weights and cache
+divided by the read bandwidth, or the operations divided by the speed of a matrix product, both
+measured just before.  The "share of the floor" is this least time divided by the measured time.
 """
 
 import statistics
@@ -53,7 +53,7 @@ def matrix_rate(dtype):
 
 
 def bytes_of_a_step(config, context, dtype):
-    """What decoding one token must read: every matrix once, and the keys and values in view."""
+    """Bytes that decoding one token must read: every matrix, and the keys and values in view."""
     C, V, size = config.hidden_size, config.vocab_size, torch.finfo(dtype).bits // 8
     inner = config.intermediate_size or 4 * C
     weights = config.num_hidden_layers * (4 * C * C + 2 * C * inner) + C * V
@@ -160,7 +160,9 @@ def batch(model, dtype, rounds, new_tokens):
 
 
 def generate_seconds(player, ids, mask, n, compile):
-    """Seconds a token of generate(), without the prefill: the time of one new token is taken off.
+    """Seconds for each token of generate(), without the prefill.
+
+    They are the difference between n + 1 new tokens and one, divided by n.
     """
     how = dict(attention_mask=mask, do_sample=False, eos_token_id=None, pad_token_id=0)
     if compile:

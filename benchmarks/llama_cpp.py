@@ -25,12 +25,10 @@ def thirds(x, heads):
     return x.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def write_gguf(folder, file, dtype):
-    """A GGUF file of the checkpoint's weights: matrices in dtype, norms and biases in float32."""
+def add_settings(writer, config):
+    """What llama.cpp must know of config.json, and a stand-in vocabulary."""
     import gguf
-    config = json.loads(Path(folder, "config.json").read_text())
     heads, width, V = config["num_attention_heads"], config["hidden_size"], config["vocab_size"]
-    writer = gguf.GGUFWriter(file, "gptneox")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(width)
     writer.add_block_count(config["num_hidden_layers"])
@@ -46,6 +44,14 @@ def write_gguf(folder, file, dtype):
     writer.add_token_merges(["t 0"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
+
+
+def write_gguf(folder, file, dtype):
+    """A GGUF file of the checkpoint's weights: matrices in dtype, norms and biases in float32."""
+    import gguf
+    config = json.loads(Path(folder, "config.json").read_text())
+    writer = gguf.GGUFWriter(file, "gptneox")
+    add_settings(writer, config)
     with safe_open(Path(folder, "model.safetensors"), "pt") as weights:
         for name in weights.keys():
             x, (stem, tail) = weights.get_tensor(name).float(), name.rsplit(".", 1)
@@ -53,7 +59,8 @@ def write_gguf(folder, file, dtype):
                 layer, part = stem.removeprefix("gpt_neox.layers.").split(".", 1)
                 if part not in LAYER:
                     continue                               # masks and tables that old files carry
-                x = thirds(x, heads) if part == "attention.query_key_value" else x
+                if part == "attention.query_key_value":
+                    x = thirds(x, config["num_attention_heads"])
                 target = f"blk.{layer}.{LAYER[part]}.{tail}"
             else:
                 target = {"gpt_neox.embed_in": "token_embd", "embed_out": "output",

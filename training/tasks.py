@@ -19,7 +19,12 @@ import warnings
 
 import torch
 
-from load_weights import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, read_config
+from load_weights import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    read_config,
+)
 from training.texts import Batches, count_bytes, epoch_generator, padded, read_examples, read_text
 
 # ------------------------------------------------------------------------------------------------
@@ -103,7 +108,10 @@ class NextToken:
         return model, tokenizer
 
     def open(self, model, tokenizer):
-        """Encode the texts.  Returns what to tell; ValueError for what does not fit together."""
+        """Encode the texts; returns a line about them.
+
+        Raises ValueError for a text or a prompt whose length does not fit the context.
+        """
         self.model, self.tokenizer, texts = model, tokenizer, self.texts
         ids = [id for text in texts for id in (tokenizer.eos_token_id, *tokenizer.encode(text))]
         if len(ids) <= self.context:
@@ -222,7 +230,7 @@ class Label:
         return model, tokenizer
 
     def open(self, model, tokenizer):
-        """Encode the texts.  Returns what to tell about them."""
+        """Encode the texts; returns a line about them."""
         self.model, self.tokenizer, self.pad = model, tokenizer, tokenizer.pad_token_id
         self.longer = 0
         self.train_rows, self.valid_rows = self.encode(self.train), self.encode(self.valid)
@@ -251,7 +259,10 @@ class Label:
         return rows
 
     def batch(self, step):
-        """Every epoch takes each text once, in an order of its own; a batch may span two epochs."""
+        """The texts of one batch.  Each epoch takes every text once, in another order.
+
+        A batch may hold the end of one epoch and the beginning of the next.
+        """
         orders, rows = {}, []
         for i in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, k = divmod(i, len(self.train_rows))
