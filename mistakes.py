@@ -186,9 +186,11 @@ def heads_not_transposed(model):
     attention = module.attention
 
     def joined(q, k, v, **how):
-        y = attention(q, k, v, **how)                                      # (B, H, T, D)
+        out = attention(q, k, v, **how)
+        y = out[0] if how.get("return_weights") else out                   # (B, H, T, D)
         B, H, T, D = y.shape
-        return y.reshape(B, T, H, D).transpose(1, 2)
+        y = y.reshape(B, T, H, D).transpose(1, 2)
+        return (y, out[1]) if how.get("return_weights") else y
 
     def split(y):                                                          # (B, T, H * D) or (B, T, 3C)
         B, T, width = y.shape
