@@ -9,7 +9,7 @@ from conftest import ROOT
 # From the bottom.
 ORDER = ["attention", "files", "processes", "parallel", "tokenizer_settings", "tokenizer", "originals", "quantize", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
          "neo", "neox", "convert", "score", "training", "generate", "mistakes", "diagnose", "vectors",
-         "compare", "train", "benchmarks", "benchmark"]
+         "look", "compare", "train", "benchmarks", "benchmark"]
 # The factory Auto... imports the models when it is called.
 FACTORY = {("load_weights", "neo"), ("load_weights", "neox")}
 FOLDERS = ("originals", "fast", "training", "benchmarks")
