@@ -312,14 +312,14 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
         paths = [fetch(name_or_folder, quantize.FILE, revision, **hub)]
     else:
         paths = weight_files(name_or_folder, revision, use_safetensors, **hub)
-    with torch.device("meta"), NoInit():
-        model = cls(config, attn_implementation)
-
+    if shared and stored:
+        raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among "
+                         f"processes: take the checkpoint that it was made from, with weights={weights!r}")
     if shared:
         check_parts(config)
-        if stored:
-            raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among "
-                             f"processes: take the checkpoint that it was made from, with weights={weights!r}")
+
+    with torch.device("meta"), NoInit():
+        model = cls(config, attn_implementation)
     state = read_state(name_or_folder, paths, model, dtype, device, weights, stored, shared)
     model.load_state_dict(state, strict=True, assign=True)
     if shared:

@@ -201,7 +201,7 @@ def test_arguments_that_change_nothing(given):
 @pytest.mark.parametrize("given", [
     {"trust_remote_code": True}, {"device_map": {"transformer.h.0": 0}}, {"device_map": "balanced"},
     {"load_in_8bit": True}, {"quantization_config": {"bits": 4}}, {"subfolder": "x"}, {"variant": "fp16"},
-    {"use_safetensors": "yes"}, {"from_tf": True}, {"low_cpu_mem_usage": "yes"}, {"tp_plan": "auto"},
+    {"use_safetensors": "yes"}, {"from_tf": True}, {"low_cpu_mem_usage": "yes"}, {"tp_plan": "rows"},
     {"no_such_argument": 1}, {"device_map": "cpu", "device": "meta"}, {"dtype": torch.float8_e4m3fn},
     {"dtype": "int8"}], ids=str)
 def test_arguments_that_are_refused_by_name(given):

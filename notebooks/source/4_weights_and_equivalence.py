@@ -287,7 +287,7 @@ def sibling_table():                                   # the mask taken for a bi
 # %%
 empty = on_meta(config)
 print(empty.lm_head.weight.shape, empty.lm_head.weight.device, "\n")
-print("\n".join(inspect.getsource(load_weights.load_pretrained).splitlines()[-10:]))
+print("\n".join(inspect.getsource(load_weights.load_pretrained).splitlines()[-11:]))
 
 # %%
 SCRIPT = """
