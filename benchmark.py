@@ -84,7 +84,7 @@ def write_tiny(kind, folder):
 
 
 def load(model, rounds):
-    """from_pretrained in a process of its own, with every weight read once: time and peak memory."""
+    """from_pretrained in a new process, with every weight read once: time and peak memory."""
     with tempfile.TemporaryDirectory() as root:
         folder, tiny = f"{root}/whole", f"{root}/tiny"
         write(model, folder)

@@ -8,11 +8,11 @@
 
 A mistake is a few patches, (object, attribute, value): a function is replaced by a wrong one, a
 setting of a layer is changed, or a layer's output is rearranged.  Nothing is copied, so a mistake
-costs no memory, and it is gone after the with-block.  Some mistakes can be made in several ways (the
-base of the rotation can be any wrong number); each way is a variant with the same id.
+costs no memory, and it is gone after the with-block.  Some mistakes can be made in several ways
+(the base of the rotation can be any wrong number); each way is a variant with the same id.
 
-diagnose.py looks for the mistake that gives a port's own numbers.  The tests plant every one of them
-and see that the comparison with transformers notices it.
+diagnose.py looks for the mistake that gives a port's own numbers.  The tests plant every one of
+them and see that the comparison with transformers notices it.
 
     B batch · T tokens · C width · H heads · D width of a head · R rotated dims · W window
 """
@@ -134,8 +134,8 @@ def rms_norm(model):
 
 
 def norm_unbiased_variance(model):
-    yield [own_norm(norm, lambda x: x.mean(-1, keepdim=True), lambda x: x.var(-1, keepdim=True, correction=1))
-           for norm in norms(model)]
+    yield [own_norm(norm, lambda x: x.mean(-1, keepdim=True),
+                    lambda x: x.var(-1, keepdim=True, correction=1)) for norm in norms(model)]
 
 
 def own_norm(norm, mean, variance, has_bias=True):
@@ -163,7 +163,8 @@ def gelu_tanh(model):
 
 
 def no_out_bias(model):
-    yield [(attn.out_proj, "bias", None) for attn in attentions(model) if attn.out_proj.bias is not None]
+    yield [(attn.out_proj, "bias", None) for attn in attentions(model)
+           if attn.out_proj.bias is not None]
 
 
 def no_mlp_bias(model):
@@ -181,7 +182,7 @@ def out_transposed(model):
 
 
 def heads_not_transposed(model):
-    """After attention, where (B, H, T, D) is read as (B, T, H * D); before it; and in both places."""
+    """After attention, where (B, H, T, D) is read as (B, T, H * D); before it; in both places."""
     module, H = module_of(model), model.config.num_attention_heads
     attention = module.attention
 
@@ -192,7 +193,7 @@ def heads_not_transposed(model):
         y = y.reshape(B, T, H, D).transpose(1, 2)
         return (y, out[1]) if how.get("return_weights") else y
 
-    def split(y):                                                          # (B, T, H * D) or (B, T, 3C)
+    def split(y):                                              # (B, T, H * D) or (B, T, 3C)
         B, T, width = y.shape
         return y.view(B, H, T, width // H).transpose(1, 2).reshape(B, T, width)
 
@@ -208,7 +209,8 @@ def softmax_bfloat16(model):
 
     def rounding(scores, weights):
         def wrong(x, dim, dtype=None):
-            x = softmax(x.bfloat16() if scores == "all" else x.bfloat16().float() if scores else x, dim)
+            x = x.bfloat16() if scores == "all" else x.bfloat16().float() if scores else x
+            x = softmax(x, dim)
             return (x.bfloat16() if weights else x).float()
         return [(torch.Tensor, "softmax", wrong)]
 
@@ -232,7 +234,8 @@ def with_weights(model, change, kinds=(nn.Linear, nn.Embedding, nn.LayerNorm)):
     def changed(layer, forward):
         def wrong(x):
             names = [name for name in ("weight", "bias") if getattr(layer, name, None) is not None]
-            with planted([(layer, name, nn.Parameter(change(getattr(layer, name)), False)) for name in names]):
+            with planted([(layer, name, nn.Parameter(change(getattr(layer, name)), False))
+                          for name in names]):
                 return forward(x)
         return wrong
     return [(layer, "forward", changed(layer, layer.forward))
@@ -261,7 +264,8 @@ def weights_int8(model):
     yield linear
     yield [patch for patch in linear if patch[0] is not model.lm_head]
     yield everywhere
-    yield [patch for patch in everywhere if patch[0] is not getattr(model.transformer, "pos_embed", None)]
+    positions = getattr(model.transformer, "pos_embed", None)
+    yield [patch for patch in everywhere if patch[0] is not positions]
 
 
 def embedding_scaled(model):
@@ -316,7 +320,8 @@ def window_in_blocks(model):
             rule = visible(T, S, None, device)
             if window is None:
                 return rule
-            i, j = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
+            i = torch.arange(S - T, S, device=device)[:, None]
+            j = torch.arange(S, device=device)[None]
             return rule & (i // window - j // window <= blocks_back)
         return [(attention_module, "visible", seen)]
     yield wrong(0)
@@ -365,7 +370,8 @@ def qkv_order(model):
 
 
 def no_qkv_bias(model):
-    yield [(attn.qkv_proj, "bias", None) for attn in attentions(model) if attn.qkv_proj.bias is not None]
+    yield [(attn.qkv_proj, "bias", None) for attn in attentions(model)
+           if attn.qkv_proj.bias is not None]
 
 
 def one_norm(model):
@@ -414,10 +420,11 @@ def rotary_denominator(model):
 
 def rotary_base(model):
     own, D, R = model.config.rotary_emb_base, model.config.head_dim, model.config.rotary_ndims
-    for wrong in (10, 100, 500, 1000, 2000, 5000, 10000, 20000, 25000, 40000, 50000, 100000, 160000, 200000,
-                  250000, 500000, 1000000, 5000000, 10000000):
+    for wrong in (10, 100, 500, 1000, 2000, 5000, 10000, 20000, 25000, 40000, 50000, 100000, 160000,
+                  200000, 250000, 500000, 1000000, 5000000, 10000000):
         if wrong not in (own, own ** (R / D)):             # the second is rotary-denominator
-            yield from with_tables(lambda model, ids, R, base, wrong=wrong: right_tables(ids, R, wrong))(model)
+            yield from with_tables(
+                lambda model, ids, R, base, wrong=wrong: right_tables(ids, R, wrong))(model)
 
 
 def rotary_bfloat16(model):
@@ -425,7 +432,8 @@ def rotary_bfloat16(model):
     def rounded(x, yes):
         return x.bfloat16().float() if yes else x
 
-    for inputs, angle, table in ((1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1)):
+    for inputs, angle, table in ((1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1),
+                                 (1, 0, 1)):
         def tables(model, ids, R, base, inputs=inputs, angle=angle, table=table):
             frequencies = 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
             angles = rounded(ids[..., None].float(), inputs) * rounded(frequencies, inputs)
@@ -493,7 +501,7 @@ class Mistake:
     sentence: str                          # what the mistake is
     fix: str                               # how to put it right in a port
     plant: Callable                        # model -> variants, each a list of patches
-    cost: dict                             # {family: relative difference of the logits}, see `measured`
+    cost: dict                             # {family: relative difference of the logits}: `measured`
     rounds: bool = False
     whole_text: bool = False
 
@@ -506,7 +514,8 @@ MISTAKES = [
     Mistake("no-final-norm", None, "The LayerNorm after the last block is left out.",
             "Apply ln_f (final_layer_norm) once before the head.", no_final_norm,
             cost={NEO: 7.7, NEOX: 5.5}),
-    Mistake("norm-eps", None, "LayerNorm adds another epsilon to the variance than config.json names.",
+    Mistake("norm-eps", None,
+            "LayerNorm adds another epsilon to the variance than config.json names.",
             "Read layer_norm_epsilon (GPT-Neo) or layer_norm_eps (GPT-NeoX); it is 1e-5.", norm_eps,
             cost={NEO: 0.00023, NEOX: 0.00011}),
     Mistake("norm-unbiased-variance", None, "LayerNorm divides the sum of squares by C - 1.",
@@ -524,7 +533,8 @@ MISTAKES = [
             "Use the form that config.json names; this approximation is another function.",
             activation(lambda x: x * torch.sigmoid(1.702 * x)),
             cost={NEO: 0.022, NEOX: 0.0093}),
-    Mistake("relu", None, "The activation is ReLU.", "Use the GELU that config.json names.", activation(F.relu),
+    Mistake("relu", None,
+            "The activation is ReLU.", "Use the GELU that config.json names.", activation(F.relu),
             cost={NEO: 0.18, NEOX: 0.1}),
     Mistake("no-out-bias", None, "The bias of attention's output projection is not added.",
             "Add out_proj.bias (GPT-NeoX: dense.bias).", no_out_bias,
@@ -532,10 +542,12 @@ MISTAKES = [
     Mistake("no-mlp-bias", None, "A bias of the MLP is not added.",
             "Both matrices of the MLP have a bias.", no_mlp_bias,
             cost={NEO: 0.31, NEOX: 0.15}),
-    Mistake("out-transposed", None, "The matrix of attention's output projection is read transposed.",
+    Mistake("out-transposed", None,
+            "The matrix of attention's output projection is read transposed.",
             "Files hold (outputs, inputs): y = x Wᵀ + b.", out_transposed,
             cost={NEO: 1.3, NEOX: 0.73}),
-    Mistake("heads-not-transposed", None, "The heads' outputs (B, H, T, D) are joined without being "
+    Mistake("heads-not-transposed", None,
+            "The heads' outputs (B, H, T, D) are joined without being "
             "transposed to (B, T, H, D).", "Transpose heads and tokens before joining the heads.",
             heads_not_transposed, whole_text=True,
             cost={NEO: 1.3, NEOX: 0.69}),
@@ -548,8 +560,10 @@ MISTAKES = [
     Mistake("weights-bfloat16", None, "The weights were rounded to bfloat16.",
             "Keep the weights in the dtype of the file.", weights_rounded_to(torch.bfloat16),
             cost={NEO: 0.029, NEOX: 0.0059}),
-    Mistake("weights-int8", None, "The matrices were rounded to 8-bit integers with a scale for each row.",
-            "Compare before quantizing, or compare with a tolerance that allows for it.", weights_int8,
+    Mistake("weights-int8", None,
+            "The matrices were rounded to 8-bit integers with a scale for each row.",
+            "Compare before quantizing, or compare with a tolerance that allows for it.",
+            weights_int8,
             cost={NEO: 0.075, NEOX: 0.015}),
     Mistake("embedding-scaled", None, "The embedding is multiplied by sqrt(C).",
             "Neither family scales its embedding.", embedding_scaled,
@@ -564,7 +578,8 @@ MISTAKES = [
     Mistake("no-norm-bias", None, "The biases of the LayerNorms are not added.",
             "Every LayerNorm has a weight and a bias.", norm_no_bias,
             cost={NEO: 0.73, NEOX: 0.34}),
-    Mistake("rms-norm", None, "RMSNorm stands in the place of LayerNorm: the mean is not subtracted.",
+    Mistake("rms-norm", None,
+            "RMSNorm stands in the place of LayerNorm: the mean is not subtracted.",
             "LayerNorm: (x - mean) / sqrt(variance + eps) * weight + bias.", rms_norm,
             cost={NEO: 0.88, NEOX: 0.38}),
     # --- GPT-Neo
@@ -577,7 +592,8 @@ MISTAKES = [
             windows(lambda own, W: None),
             cost={NEO: 0.55}),
     Mistake("all-local", NEO, "Global layers have a window too.",
-            "Only the layers that attention_types calls local have a window.", windows(lambda own, W: W),
+            "Only the layers that attention_types calls local have a window.",
+            windows(lambda own, W: W),
             cost={NEO: 0.94}),
     Mistake("window-plus-one", NEO, "The window of local layers is one key too long.",
             "The window counts the query itself: i - j < window_size, not <=.",
@@ -587,8 +603,9 @@ MISTAKES = [
             "The window counts the query itself: window_size keys in all.",
             windows(lambda own, W: own and max(1, own - 1)),
             cost={NEO: 0.28}),
-    Mistake("window-in-blocks", NEO, "Local layers read blocks of keys in place of a window that moves "
-            "with the query.", "In a local layer query i reads keys j with 0 <= i - j < window_size.",
+    Mistake("window-in-blocks", NEO,
+            "Local layers read blocks of keys in place of a window that moves with the query.",
+            "In a local layer query i reads keys j with 0 <= i - j < window_size.",
             window_in_blocks,
             cost={NEO: 0.52}),
     Mistake("scaled-scores", NEO, "Attention scores are divided by sqrt(D).",
@@ -626,26 +643,32 @@ MISTAKES = [
             "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", one_norm,
             cost={NEOX: 0.41}),
     Mistake("norms-swapped", NEOX, "The two LayerNorms of a block have changed places.",
-            "input_layernorm belongs to attention, post_attention_layernorm to the MLP.", norms_swapped,
+            "input_layernorm belongs to attention, post_attention_layernorm to the MLP.",
+            norms_swapped,
             cost={NEOX: 0.54}),
     Mistake("sequential-residual", NEOX,
             "The MLP reads attention's result where it should read the block's input.",
-            "use_parallel_residual true (the default): x + attn(ln_1(x)) + mlp(ln_2(x)).", residual(False),
+            "use_parallel_residual true (the default): x + attn(ln_1(x)) + mlp(ln_2(x)).",
+            residual(False),
             cost={NEOX: 0.94}),
     Mistake("parallel-residual", NEOX,
             "The MLP reads the block's input where it should read attention's result.",
-            "use_parallel_residual false: a = x + attn(ln_1(x)), then a + mlp(ln_2(a)).", residual(True),
+            "use_parallel_residual false: a = x + attn(ln_1(x)), then a + mlp(ln_2(a)).",
+            residual(True),
             cost={NEOX: 0.94}),
     Mistake("rotary-all-dims", NEOX, "All D dims of each head are rotated.",
-            "Rotate the first R = int(D * rotary_pct) dims; the others pass through.", rotary_all_dims,
+            "Rotate the first R = int(D * rotary_pct) dims; the others pass through.",
+            rotary_all_dims,
             cost={NEOX: 0.38}),
-    Mistake("rotary-neighbours", NEOX, "The rotation pairs neighbouring dims (2i, 2i + 1), as GPT-J does.",
+    Mistake("rotary-neighbours", NEOX,
+            "The rotation pairs neighbouring dims (2i, 2i + 1), as GPT-J does.",
             "Pair dims i and i + R/2.", with_rotate(neighbours),
             cost={NEOX: 0.27}),
     Mistake("rotary-last-dims", NEOX, "The last R dims of each head are rotated.",
             "Rotate the first R dims.", with_rotate(last_dims),
             cost={NEOX: 0.35}),
-    Mistake("rotary-q-only", NEOX, "Only one of q and k is rotated.", "Rotate q and k.", rotary_q_only,
+    Mistake("rotary-q-only", NEOX,
+            "Only one of q and k is rotated.", "Rotate q and k.", rotary_q_only,
             cost={NEOX: 0.24}),
     Mistake("rotary-opposite-sign", NEOX, "The rotation turns in the other direction.",
             "(a, b) becomes (a cos - b sin, b cos + a sin).", rotary_opposite_sign,
@@ -654,14 +677,17 @@ MISTAKES = [
             "Read rotary_emb_base (rope_theta); it is 10000 in EleutherAI's models.", rotary_base,
             cost={NEOX: 0.23}),
     Mistake("rotary-denominator", NEOX, "The frequencies are base^(-2i/D).",
-            "They are base^(-2i/R): the denominator is the number of rotated dims.", rotary_denominator,
+            "They are base^(-2i/R): the denominator is the number of rotated dims.",
+            rotary_denominator,
             cost={NEOX: 0.28}),
     Mistake("rotary-bfloat16", NEOX, "Angles or tables of the rotation are rounded to bfloat16.",
-            "Compute positions, frequencies, angles, sines and cosines in float32.", rotary_bfloat16,
+            "Compute positions, frequencies, angles, sines and cosines in float32.",
+            rotary_bfloat16,
             rounds=True,
             cost={NEOX: 0.0006}),
     Mistake("no-rotary", NEOX, "q and k are not rotated.",
-            "Rotate the first R dims of q and k by their positions.", with_rotate(lambda x, cos, sin: x),
+            "Rotate the first R dims of q and k by their positions.",
+            with_rotate(lambda x, cos, sin: x),
             cost={NEOX: 0.26}),
     Mistake("no-scale", NEOX, "Attention scores are not divided by sqrt(D).",
             "Multiply the scores by D^-0.5.", no_scale,
@@ -670,7 +696,8 @@ MISTAKES = [
             "Divide by sqrt(D), D the width of one head.", scale_by_width,
             cost={NEOX: 0.21}),
     Mistake("head-tied", NEOX, "The embedding is used as the head.",
-            "embed_out.weight is a matrix of its own, unless tie_word_embeddings is true.", head_tied,
+            "embed_out.weight is a matrix of its own, unless tie_word_embeddings is true.",
+            head_tied,
             cost={NEOX: 1.4}),
 ]
 BY_ID = {mistake.id: mistake for mistake in MISTAKES}
@@ -734,7 +761,8 @@ def main():
     costs = measured()
     print("| id | mistake | in its place | GPT-Neo | GPT-NeoX |\n|---|---|---|---|---|")
     for m in MISTAKES:
-        cells = [f"{costs[m.id][family]:.1e}" if family in costs[m.id] else "" for family in (NEO, NEOX)]
+        cells = [f"{costs[m.id][family]:.1e}" if family in costs[m.id] else ""
+                 for family in (NEO, NEOX)]
         print(f"| {m.id} | {m.sentence} | {m.fix} | " + " | ".join(cells) + " |")
 
 

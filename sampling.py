@@ -48,7 +48,7 @@ class Settings:
 
     @classmethod
     def of(cls, model, given, config=None):
-        """Each setting from `given`, else from `config`, else from the checkpoint, else the default.
+        """Each setting from `given`, else `config`, else the checkpoint, else the default.
 
         given: {name: value}, what the caller asks for; None switches a setting off.  config: a dict
         or an object like transformers' GenerationConfig, where None means not set.  The ids of the

@@ -11,8 +11,8 @@ def summary(part):
     """One line about a part."""
     right = sum(x["right"] for x in part["rows"])
     return (f"{part['name']}: {right} of {len(part['rows'])} results right, "
-            f"{len(part['cannot_run'])} cases cannot run here, {len(part['left_out'])} did not fit, "
-            f"{part['seconds']:.0f} s")
+            f"{len(part['cannot_run'])} cases cannot run here, "
+            f"{len(part['left_out'])} did not fit, {part['seconds']:.0f} s")
 
 
 def write(report, folder):

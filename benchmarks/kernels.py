@@ -2,11 +2,11 @@
 
     python benchmark.py kernels
 
-Two tables.  The first is read off the compiled code: registers, bytes spilled from them, shared
-memory and tensor-core instructions of every kernel, for an A100 (sm_80) and an H100 (sm_90).  The
-second is computed from what the kernels visit: tiles, operations, bytes, and the least time in which
-either GPU, at its published peak, could do as much.  `python benchmark.py attention` measures what
-a GPU really takes.
+It prints two tables.  The first is read from the compiled code: registers, bytes spilled from them,
+shared memory and tensor-core instructions of every kernel, for an A100 (sm_80) and an H100 (sm_90).
+The second is computed from what the kernels visit: tiles, operations, bytes, and the least time in
+which either GPU could do this at its published peak.  `python benchmark.py attention` measures the
+time that a GPU really takes.
 """
 
 import concurrent.futures
@@ -24,15 +24,17 @@ import attention as A
 
 WIDTHS = (64, 80, 96, 128, 256)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Compute capability, shared memory a block may have (CUDA programming guide), dense half-precision operations
-# and bytes a second (NVIDIA's data sheets of the A100 80GB SXM and the H100 SXM).
+# Compute capability, shared memory that a block may have (CUDA programming guide), dense
+# half-precision operations and bytes a second (NVIDIA's data sheets of the A100 80GB SXM and the
+# H100 SXM).
 GPUS = {"A100": (80, 163 * 1024, 312e12, 2.039e12), "H100": (90, 227 * 1024, 989e12, 3.35e12)}
 KERNELS = {"forward": A.forward_kernel, "dq": A.dq_kernel, "dk, dv": A.dkv_kernel}
-DOTS = {"forward": 2, "dq": 5, "dk, dv": 4}                # tl.dot for each tile visited (test_triton counts)
-# Rows of D that a kernel reads or writes once for each row of its own side, and reads for each row of a tile.
+DOTS = {"forward": 2, "dq": 5, "dk, dv": 4}                # tl.dot for each tile: test_triton counts
+# Rows of D numbers that a kernel reads or writes once for each row of its own side, and those that
+# it reads for each row of a tile.
 OWN = {"forward": 2, "dq": 3, "dk, dv": 4}                 # q, o;  q, do, dq;  k, v, dk, dv
 OTHER = {"forward": 2, "dq": 4, "dk, dv": 2}               # k, v;  k, v in two sweeps;  q, do
-TENSORS = {"forward": 4, "dq": 5, "dk, dv": 6}             # what must come from or go to memory at least once
+TENSORS = {"forward": 4, "dq": 5, "dk, dv": 6}             # those that must be read or written once
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def output_of(*command):
 
 
 def compiled(job):
-    """(kernel, GPU, dtype, D, padded?) -> dict: what its machine code needs, by ptxas and nvdisasm."""
+    """(kernel, GPU, dtype, D, padded?) -> what its machine code needs, by ptxas and nvdisasm."""
     import triton
     from triton.backends.compiler import GPUTarget
     name, gpu, dtype, D, padded = job
@@ -87,17 +89,18 @@ def compiled(job):
     return dict(kernel=name, gpu=gpu, dtype=dtype, width=D, padded=padded,
                 registers=int(re.search(r"Used (\d+) registers", report)[1]),
                 spilled=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-                shared=code.metadata.shared, shared_limit=shared_limit, tensor_core_instructions=instructions)
+                shared=code.metadata.shared, shared_limit=shared_limit,
+                tensor_core_instructions=instructions)
 
 
 def failures(found):
-    """Kernels that spill, need too much shared memory, or do not use tensor cores in half precision."""
+    """Kernels that spill, need too much shared memory, or use no tensor cores in half precision."""
     return [x for x in found if x["spilled"] or x["shared"] > x["shared_limit"]
             or (x["dtype"] != "fp32" and not x["tensor_core_instructions"])]
 
 
 def compile_all(widths, dtypes):
-    """Every kernel for both GPUs, with and without key padding, in parallel and in a fresh cache."""
+    """Every kernel for both GPUs, with and without key padding, in parallel, in a fresh cache."""
     jobs = [(name, gpu, dtype, D, padded) for D in widths for name in KERNELS for gpu in GPUS
             for dtype in dtypes for padded in (False, True)]
     with tempfile.TemporaryDirectory() as cache:
@@ -111,8 +114,8 @@ def compile_all(widths, dtypes):
 
 def show_compiled(found):
     """A row for each kernel and width: the worst of dtypes and padding."""
-    print("| width | kernel | precision " + "".join(
-        f"| {gpu}: registers | spilled bytes | shared KiB | tensor-core instructions " for gpu in GPUS) + "|")
+    columns = "registers | spilled bytes | shared KiB | tensor-core instructions"
+    print("| width | kernel | precision " + "".join(f"| {gpu}: {columns} " for gpu in GPUS) + "|")
     print("|" + "---|" * (3 + 4 * len(GPUS)))
     for D in WIDTHS:
         for name in KERNELS:
@@ -122,7 +125,8 @@ def show_compiled(found):
                     same = [x for x in found if x["dtype"] in dtypes
                             and (x["width"], x["kernel"], x["gpu"]) == (D, name, gpu)]
                     if same:
-                        cells += [max(x["registers"] for x in same), max(x["spilled"] for x in same),
+                        cells += [max(x["registers"] for x in same),
+                                  max(x["spilled"] for x in same),
                                   f"{max(x['shared'] for x in same) / 1024:.0f}",
                                   min(x["tensor_core_instructions"] for x in same)]
                 if cells:
@@ -146,8 +150,11 @@ def tiles(name, T, window, D):
 
 
 def work(name, T, window, D):
-    """One head in half precision -> dict: tiles visited; operations of its dots, padding included;
-    bytes that its programs load and store; bytes that memory must move at least, each tensor once."""
+    """What one head in half precision takes, as a dict.
+
+    tiles: those visited; operations: of its dots, padding included; loaded: bytes that its programs
+    load and store; least: bytes that memory must move if each tensor is moved once.
+    """
     sizes, visits = A.block_sizes(KERNELS[name], D, torch.float16), tiles(name, T, window, D)
     own, other, wide = sizes["ROWS"], sizes["COLS"], sizes["D_PAD"]
     return dict(tiles=sum(visits), operations=sum(visits) * DOTS[name] * 2 * own * other * wide,
@@ -156,8 +163,11 @@ def work(name, T, window, D):
 
 
 def show_computed(T, window, heads, D):
-    """Local beside global layers.  The least time is that of all operations or of all bytes at the GPU's
-    published peak, whichever is longer."""
+    """Print local beside global layers.
+
+    The least time is that of all operations or that of all bytes at the GPU's published peak,
+    whichever is longer.
+    """
     print(f"\nComputed, not timed: T = {T}, {heads} heads {D} wide (one layer, one text), half "
           f"precision, W = {window} "
           "against every earlier key\n")
@@ -178,16 +188,17 @@ def show_computed(T, window, heads, D):
 def run():
     """Print both tables; exit with status 1 if there are failures."""
     if A.triton is None or A.INTERPRETED:
-        raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and TRITON_INTERPRET "
-                         "not set to 1")
+        raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and "
+                         "TRITON_INTERPRET not set to 1")
     found = compile_all(WIDTHS, DTYPES)
     print("\nCompiled ahead of time, without a GPU: the most registers, spilled bytes and shared "
-          "memory, and the fewest "
-          "tensor-core\ninstructions, of float16 and bfloat16, with key padding and without\n")
+          "memory, and the fewest tensor-core\ninstructions, of float16 and bfloat16, with key "
+          "padding and without\n")
     show_compiled(found)
     show_computed(2048, 256, 12, 64)
     show_computed(2048, 256, 20, 128)
     failed = failures(found)
     if failed:
-        raise SystemExit("\n".join(["spilled, too large, or without tensor cores:", *map(str, failed)]))
+        raise SystemExit("\n".join(
+            ["spilled, too large, or without tensor cores:", *map(str, failed)]))
     return found

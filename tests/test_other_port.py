@@ -56,15 +56,6 @@ NOT_A_MISTAKE = {                                          # there the right por
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share among threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.lru_cache(maxsize=None)
 def model_of(shape, seed):
     """(our model, folder with its files): wide random weights."""
