@@ -1,4 +1,5 @@
 # make demo       text from the bundled GPT-Neo checkpoint
+# make demo-jax   the same in JAX, neo_jax.py
 # make finetune   both bundled checkpoints learn comedy from history from tragedy, and read on in Macbeth
 # make port       the port in C is built, answers the test vectors, and is judged
 # make test       the quick whole of the tests
@@ -12,10 +13,13 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo finetune port test test-all test-diagnosis test-cpus notebooks clean
+.PHONY: demo demo-jax finetune port test test-all test-diagnosis test-cpus notebooks clean
 
 demo: .venv/run
 	@.venv/bin/python generate.py "HAMLET." --temperature 0.8 --top-p 0.9 --seed 1 --max-new-tokens 160
+
+demo-jax: .venv/jax
+	@.venv/bin/python examples/jax_text.py "HAMLET."
 
 finetune: .venv/test .venv/texts
 	.venv/bin/python training/finetune_shakespeare.py .venv/texts .venv/finetune
@@ -51,6 +55,11 @@ notebooks: .venv/test
 .venv/run: requirements.txt | .venv/bin/python
 	@echo "installing what the models need (torch is the large one)" >&2
 	@$(PIP) install -r requirements.txt >&2
+	@touch $@
+
+.venv/jax: requirements-test.txt .venv/run
+	@echo "installing JAX" >&2
+	@$(PIP) install $$(grep -E '^(jax|jaxlib|ml_dtypes|msgpack|opt_einsum|scipy)==' requirements-test.txt) >&2
 	@touch $@
 
 # Two are taken for their data files alone: the true GPT-2 and GPT-NeoX-20B tokenizers.  flash-attn is

@@ -21,6 +21,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +31,7 @@ from tqdm import tqdm
 import quantize
 from files import error_line, fetch, plain, read_json, shown, write_files
 from originals import original_config, original_files, read_original
+from originals.flax import write_flax
 from originals.neox import NUMPY_STATE
 from parallel import add_up, check_connected, check_parts, cut, piece
 
@@ -79,6 +81,7 @@ HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json",
                 "flax_model.msgpack", "flax_model.msgpack.index.json")
+FLAX_FIRST = (*WEIGHT_FILES[-2:], *WEIGHT_FILES[:-2])      # the order in which the Flax classes look
 
 
 # ------------------------------------------------------------------------------------------------
@@ -135,12 +138,12 @@ def read_config(name_or_folder, revision=None, **hub):
     return raw
 
 
-def weight_files(name_or_folder, revision=None, use_safetensors=None, **hub):
+def weight_files(name_or_folder, revision=None, use_safetensors=None, names=WEIGHT_FILES, **hub):
     """Paths of all files that hold weights: safetensors before .bin, one file before shards.
 
-    use_safetensors: True looks for these alone, False for .bin alone.
+    use_safetensors: True looks for these alone, False for .bin alone.  names: what to look for, in order.
     """
-    looked_for = [name for name in WEIGHT_FILES
+    looked_for = [name for name in names
                   if use_safetensors is None or (".safetensors" if use_safetensors else ".bin") in name]
     for filename in looked_for:
         path = fetch(name_or_folder, filename, revision, required=False, **hub)
@@ -294,11 +297,12 @@ def oddity(tensor):
 # ------------------------------------------------------------------------------------------------
 
 def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None, device=None,
-                    attn_implementation="auto", weights=None, raw=None, changes=None):
+                    attn_implementation="auto", weights=None, raw=None, changes=None,
+                    names=WEIGHT_FILES):
     """Load a model of the class `cls`: from_pretrained of every model, see base.PreTrainedModel.
 
     raw: the contents of config.json, if they have been read already.  changes: transformers' other
-    arguments (LOADING) and fields of the config to set.
+    arguments (LOADING) and fields of the config to set.  names: the files of weights to look for, in order.
     """
     changes = dict(changes or {})
     shared = take_sharing(changes)
@@ -311,7 +315,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     if stored:
         paths = [fetch(name_or_folder, quantize.FILE, revision, **hub)]
     else:
-        paths = weight_files(name_or_folder, revision, use_safetensors, **hub)
+        paths = weight_files(name_or_folder, revision, use_safetensors, names, **hub)
     if shared and stored:
         raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among "
                          f"processes: take the checkpoint that it was made from, with weights={weights!r}")
@@ -374,6 +378,7 @@ LOADING = {
     "weights_only": (None, True), "key_mapping": (None,), "mirror": (None,), "use_cache": (None, True, False),
     "return_dict": (None, True), "output_hidden_states": (None, False), "output_attentions": (None, False),
     "code_revision": (None, "main"), "gguf_file": (None,), "use_flash_attention_2": (None, False),
+    "from_pt": (None, True, False), "_do_init": (None, True),       # of the Flax classes
 }
 REASONS = {"trust_remote_code": "code of a checkpoint is never run here",
            "load_in_8bit": "weights='int8' quantizes", "load_in_4bit": "weights='int4' quantizes",
@@ -474,6 +479,9 @@ def parse_dtype(dtype, raw):
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is None:
             return None
+    if not isinstance(dtype, (str, torch.dtype)):          # numpy's and JAX's dtypes have names too
+        with contextlib.suppress(TypeError):
+            dtype = np.dtype(dtype).name
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found not in FLOATS:
         raise ValueError("dtype must be 'auto', float32, float16, bfloat16 or float64, got "
@@ -677,22 +685,34 @@ def save_pretrained(model, folder):
     if model.shares > 1:
         raise ValueError(f"this process has only a part of the weights, which {model.shares} processes share: "
                          "save from a model that is loaded whole")
-    config = {"architectures": [type(model).__name__], **model.config.to_dict(),
-              "torch_dtype": str(model.dtype).removeprefix("torch.")}
-    kind = quantize.kind_of(model)
+    kind, quantized = quantize.kind_of(model), {}
     if kind:
-        config["quantization_config"] = quantize.description(kind)
+        quantized = {"quantization_config": quantize.description(kind)}
         quantize.check_folder(folder, WEIGHT_FILES)
-    generation = model.generation_config or {
-        k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
-
-    def as_json(content):
-        return (json.dumps(content, indent=2) + "\n").encode()
-
     state, file = official_state(model), quantize.FILE if kind else "model.safetensors"
     write_files(folder, {
         file: lambda path: save_file(state, path, metadata={"format": "pt"}),
-        "generation_config.json": as_json(generation), "config.json": as_json(config)})
+        **settings_files(model, type(model).__name__, model.dtype, **quantized)})
+
+
+def save_flax(model, state, folder):
+    """The same with flax_model.msgpack, for a model of neo_jax.py; state is {our name: tensor}."""
+    inside = "" if "transformer.embed.weight" in state else "transformer."
+    named = official_names({inside + name: tensor for name, tensor in state.items()}, GPT_NEO)
+    named = {name.removeprefix(inside): tensor for name, tensor in named.items()}
+    dtype = next(iter(named.values())).dtype
+    write_files(folder, {"flax_model.msgpack": lambda path: write_flax(path, named),
+                         **settings_files(model, type(model).__name__.removeprefix("Flax"), dtype)})
+
+
+def settings_files(model, architecture, dtype, **more):
+    """{name: content} of generation_config.json and, last as write_files needs it, config.json."""
+    config = {"architectures": [architecture], **model.config.to_dict(),
+              "torch_dtype": str(dtype).removeprefix("torch."), **more}
+    generation = model.generation_config or {
+        k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
+    return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in (
+        ("generation_config.json", generation), ("config.json", config))}
 
 
 def official_state(model):

@@ -95,6 +95,13 @@ class Settings:
                              "do_sample=True: greedy sequences would all be equal")
 
     @property
+    def steps(self):
+        """(name, value, function) of what happens to the scores, see STEPS."""
+        return [(name, value, step) for name, off, step in STEPS
+                if (value := getattr(self, name)) is not None and value != off
+                and (self.do_sample or name not in SAMPLING_ONLY)]
+
+    @property
     def eos_ids(self):
         ids = self.eos_token_id
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
@@ -279,10 +286,8 @@ def choose(scores, settings, generator=None, text=None):
     text: the Text so far, for the settings that look at it.  Sampling draws a token for every row,
     also for rows that have ended, so that the other rows' draws do not depend on when a row ends.
     """
-    for name, off, step in STEPS:
-        value = getattr(settings, name)
-        if value is not None and value != off and (settings.do_sample or name not in SAMPLING_ONLY):
-            scores = step(scores, value, text)
+    for _, value, step in settings.steps:
+        scores = step(scores, value, text)
     if not settings.do_sample:
         return scores.argmax(-1)
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]

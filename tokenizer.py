@@ -181,7 +181,7 @@ class Tokenizer:
         text_pair: a second text for each, whose ids are appended; pairs cannot be truncated.
         padding, pad_to_multiple_of, padding_side: as for pad.  truncation: to max_length or
         model_max_length, on the truncation_side; max_length alone switches it on.  return_tensors:
-        "pt", "np" or None (lists).  add_special_tokens has no effect: these tokenizers add none.
+        "pt", "np", "jax" or None (lists).  add_special_tokens has no effect: these tokenizers add none.
         return_token_type_ids: 0 for the ids of text and 1 for those of text_pair.
         Raises TypeError or ValueError, naming the argument, for what is not supported.
         """
@@ -653,13 +653,19 @@ def check_count(name, value):
 
 
 def tensor(rows, kind):
-    """Rows of ids as (B, T) int64: a tensor for kind "pt", an array for "np"."""
+    """Rows of ids as (B, T) int64: a tensor for kind "pt", an array for "np"; for "jax" JAX's, int32."""
     if len(lengths := {len(row) for row in rows}) > 1:
         raise ValueError(f"the texts have {min(lengths)} to {max(lengths)} tokens, and a tensor "
                          "needs rows of one length: pass padding=True")
     if kind == "np":
         import numpy  # only here, like torch: the rest of this file does not need them
         return numpy.array(rows, dtype=numpy.int64)
+    if kind == "jax":
+        try:
+            import jax
+        except ImportError:
+            raise ImportError('return_tensors="jax" needs the package jax: pip install jax') from None
+        return jax.numpy.array(rows, dtype=int)
     import torch
     return torch.tensor(rows, dtype=torch.long)
 
@@ -711,15 +717,15 @@ def as_lists(value):
 
 
 def tensor_kind(ids):
-    """"pt" or "np" where the ids are tensors or arrays, or a list of them; else None."""
+    """"pt", "np" or "jax" where the ids are tensors or arrays, or a list of them; else None."""
     first = ids if hasattr(ids, "tolist") else next(iter(ids), None)
     if not hasattr(first, "tolist"):
         return None
-    return "np" if type(first).__module__ == "numpy" else "pt"
+    return {"numpy": "np", "jax": "jax", "jaxlib": "jax"}.get(type(first).__module__.split(".")[0], "pt")
 
 
 def as_tensors(out, kind):
-    check_option("return_tensors", kind, (None, "pt", "np"))
+    check_option("return_tensors", kind, (None, "pt", "np", "jax"))
     if kind is None:
         return Encoding(out)
     return Encoding({name: tensor(rows, kind) for name, rows in out.items()})

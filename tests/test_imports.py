@@ -8,7 +8,7 @@ from conftest import ROOT
 
 # From the bottom.
 ORDER = ["attention", "files", "processes", "parallel", "tokenizer_settings", "tokenizer", "originals", "quantize", "load_weights", "fast", "base", "configs", "sampling", "task_heads",
-         "neo", "neox", "convert", "score", "training", "generate", "mistakes", "diagnose", "vectors",
+         "neo", "neox", "neo_jax", "convert", "score", "training", "generate", "mistakes", "diagnose", "vectors",
          "look", "compare", "train", "benchmarks", "benchmark"]
 # The factory Auto... imports the models when it is called.
 FACTORY = {("load_weights", "neo"), ("load_weights", "neox")}
@@ -17,7 +17,7 @@ FILES = [ROOT / f"{name}.py" for name in ORDER if name not in FOLDERS]
 FILES += [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 # What a function may import: packages that need not be installed, or are no part of every Python,
 OPTIONAL = {"triton", "flash_attn", "transformers", "tokenizers", "matplotlib", "sklearn", "gguf", "resource",
-            "msgpack"}
+            "msgpack", "jax"}
 # and, by file, what would make an import of that file slow.
 LATE = {"sampling.py": {"fast.step"},                           # loads torch's compiler
         "benchmarks/backends.py": {"torch.nn.attention.flex_attention"},         # so does this
