@@ -10,6 +10,7 @@ and values that it ignores although they describe another model.
 """
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -85,17 +86,22 @@ def refuse(field, value, supported):
     raise ValueError(f"config field {field!r} is {shown(value)}; supported: {supported}")
 
 
-# Fields that transformers obeys in every config, although neither family uses them: pruning, other
-# masks (masking_utils.py), caches with windows (cache_utils.py), settings of single layers,
-# cross-attention.  A checkpoint that sets one of them is another model.
-ABSENT = ("pruned_heads", "per_layer_config", "sliding_window", "attention_chunk_size",
-          "layer_types", "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
+# Fields that transformers obeys in every config, although neither family uses them: pruning, caches
+# shared among layers (cache_utils.py), cross-attention.  A checkpoint that sets one is another model.
+ABSENT = ("pruned_heads", "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
 
 # Fields that change what transformers' forward pass does or returns, with the values at which they
 # change nothing.  Only these are supported.
-USUAL = {"is_causal": (True, None), "use_cache": (True, False), "is_decoder": (True, False),
+USUAL = {"is_causal": (True,), "use_cache": (True, False), "is_decoder": (True, False),
          "return_dict": (True,), "output_hidden_states": (False, None),
-         "output_attentions": (False, None)}
+         "output_attentions": (False, None),
+         "_attn_implementation": (None, "eager", "sdpa", "flash_attention_2"),
+         # other masks (masking_utils.py), settings of single layers, models of several parts: for
+         # these even 0 or an empty list has a meaning, or is an error
+         **dict.fromkeys(["sliding_window", "attention_chunk_size", "layer_types", "per_layer_config",
+                          "text_config", "experts_implementation"], (None,)),
+         # attributes of transformers' own config classes, which a file must not replace
+         **dict.fromkeys(["attribute_map", "sub_configs"], ())}
 
 
 def refuse_other_models(raw):
@@ -110,9 +116,13 @@ def refuse_other_models(raw):
         if raw.get(name):
             refuse(name, raw[name], "null")
     for name, usual in USUAL.items():
-        if name in raw and not any(raw[name] is value for value in usual):
-            names = ("null" if value is None else str(value).lower() for value in usual)
-            refuse(name, raw[name], " or ".join(names))
+        if name in raw and not any(type(raw[name]) is type(v) and raw[name] == v for v in usual):
+            refuse(name, raw[name], " or ".join(map(json.dumps, usual)) or "no such field")
+    for name in ("auto_map", "base_model_tp_plan"):        # not used here
+        if name in raw and not isinstance(raw[name], dict):
+            refuse(name, raw[name], "an object")
+    if "num_labels" in raw and raw["num_labels"] is None:
+        refuse("num_labels", None, "a number, or no such field")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -118,6 +118,9 @@ def test_every_combination_of_names_for_gpt_neos_layers(grid):
     ("is_causal", False), ("is_encoder_decoder", True), ("per_layer_config", {"0": {}}),
     ("classifier_dropout", 9.0), ("tie_word_embeddings", None), pytest.param("vocab_size", 10**4500, id="huge"), ("hidden_size", 2**40),
     ("output_hidden_states", True), ("output_attentions", True), ("return_dict", False), ("use_cache", 1),
+    ("sliding_window", 0), ("sliding_window", False), ("attention_chunk_size", []), ("layer_types", []), ("per_layer_config", 0),
+    ("text_config", {}), ("experts_implementation", "gelu"), ("attribute_map", None), ("sub_configs", {}), ("auto_map", None),
+    ("base_model_tp_plan", 2), ("num_labels", None), ("_attn_implementation", 1), ("is_causal", None),
     ("eos_token_id", [1, "a"]), ("initializer_range", 1),
     ("hidden_size", True), ("id2label", {"0": "a", "2": "b"}), ("problem_type", "\x1b[2J")])
 def test_what_would_be_another_model_is_refused_by_name(base, cls, field, value):
@@ -130,7 +133,8 @@ def test_what_would_be_another_model_is_refused_by_name(base, cls, field, value)
 def test_neutral_values_are_accepted(base, cls):
     neutral = dict(quantization_config=None, pruned_heads={}, sliding_window=None, is_decoder=True, use_cache=False,
                    is_causal=True, is_encoder_decoder=False, chunk_size_feed_forward=0, output_attentions=False,
-                   transformers_version="4.1", architectures=["X"])
+                   transformers_version="4.1", architectures=["X"], text_config=None, base_model_tp_plan={},
+                   auto_map={"AutoModel": "x.Y"}, _attn_implementation="sdpa")
     assert cls.from_dict(base | neutral) == cls.from_dict(base)
 
 
