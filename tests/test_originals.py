@@ -1,6 +1,10 @@
 """The original formats: what another writer wrote is read to the bit, and what is damaged is refused by name."""
 
 import json
+import os
+import runpy
+import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cache
@@ -464,9 +468,7 @@ def test_mesh_vocabulary_is_cut(tmp_path):
 def test_tensorflow_s_own_saver():
     """tests/gpt-neo-tensorflow/make.py says how it was made: three shards, two dtypes, padding, an optimizer's slot."""
     folder = ROOT / "tests" / "gpt-neo-tensorflow"
-    source = (folder / "make.py").read_text().split("import tensorflow")
-    made = {}
-    exec(source[0] + source[1].split("\n", 1)[1].split('if __name__')[0], made)            # its table and values
+    made = runpy.run_path(str(folder / "make.py"))         # its table of shapes and its values
     model = GPTNeoForCausalLM.from_pretrained(folder)
     state = {name: p for name, p in load_weights.official_state(model).items()}
     variables = mesh_variables(state)
@@ -694,3 +696,64 @@ def test_the_tokenizer_goes_along(tmp_path):
     (folder / "20B_tokenizer.json").write_text("{}")
     assert convert.main([str(folder), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+# ------------------------------------------------------------------------------------------------
+# GPT-NeoX-20B's true shape
+# ------------------------------------------------------------------------------------------------
+
+GIANT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from load_weights import read_config, read_tensors, weight_files
+
+
+def resident(field="VmRSS"):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+folder, count, largest = sys.argv[2], 0, 0
+assert read_config(folder)["num_hidden_layers"] == 44
+paths = weight_files(folder)
+torch.ones(1000).sum()
+Path("/proc/self/clear_refs").write_text("5")              # the peak is counted from here
+before = resident()
+for path in paths:
+    for name, tensor in read_tensors(path):
+        count += tensor.numel()
+        largest = max(largest, tensor.nbytes)
+        del tensor                                         # the target: one tensor at a time
+print(count, largest, resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measures memory as Linux counts it")
+def test_joining_the_20b_takes_the_memory_of_one_tensor(tmp_path):
+    """Two parts of 20 GB each in sparse files.  Beside the joined tensor nothing but its parts is in memory."""
+    H, C, L = 64, 6144, 44
+    half = {"input_layernorm": C, "post_attention_layernorm": C}
+    block = {f"{name}.{kind}": (C,) for name in half for kind in ("weight", "bias")} | {
+        "attention.query_key_value.weight": (9216, C), "attention.query_key_value.bias": (9216,),
+        "attention.dense.weight": (C, 3072), "attention.dense.bias": (C,), "attention.rotary_emb.inv_freq": (12,),
+        "mlp.dense_h_to_4h.weight": (12288, C), "mlp.dense_h_to_4h.bias": (12288,),
+        "mlp.dense_4h_to_h.weight": (C, 12288), "mlp.dense_4h_to_h.bias": (C,)}
+    stages = {0: {"word_embeddings.weight": (25216, C)}, **{layer: block for layer in range(2, L + 2)},
+              L + 3: {"norm.weight": (C,), "norm.bias": (C,)}, L + 4: {"final_linear.weight": (25216, C)}}
+    for layer, state in stages.items():
+        for rank in range(2):
+            with torch.serialization.skip_data():          # memory that is never touched, a file full of holes
+                torch.save({key: torch.empty(shape, dtype=torch.float16) for key, shape in state.items()},
+                           tmp_path / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
+    (tmp_path / "20B.yml").write_text(json.dumps({
+        "num-layers": L, "hidden-size": C, "num-attention-heads": H, "max-position-embeddings": 2048,
+        "rotary_pct": 0.25, "gpt_j_residual": True, "no-weight-tying": True, "model-parallel-size": 2}))
+    out = subprocess.run([sys.executable, "-c", GIANT, str(ROOT), str(tmp_path)], capture_output=True, text=True,
+                         check=True).stdout
+    count, largest, peak = map(int, out.split())
+    assert count == 20_554_567_680 + L * 12 and largest == 50432 * C * 2
+    print(f"peak beyond the start: {peak / largest:.3f} times the largest tensor, itself included")
+    assert peak <= 2.1 * largest

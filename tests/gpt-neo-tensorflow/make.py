@@ -7,7 +7,6 @@ holds; test_originals.py computes them anew.  Two devices make two shards.  Laye
 import sys
 
 import numpy as np
-import tensorflow.compat.v1 as tf
 
 C, V, P = 8, 64, 16                                        # the config says n_vocab 60: four rows are padding
 SHAPES = {"wte": (V, C), "wpe": (P, C), "ln_f/g": (C,), "ln_f/b": (C,)}
@@ -27,6 +26,7 @@ def values(number, shape):
 
 
 if __name__ == "__main__":
+    import tensorflow.compat.v1 as tf
     tf.disable_eager_execution()
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0],
                                                [tf.config.LogicalDeviceConfiguration()] * 2)
