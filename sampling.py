@@ -16,6 +16,7 @@ import torch
 
 from attention import KVCache
 from base import check_inputs, key_mask_of
+from files import error_line, shown
 from tokenizer import token_bytes
 
 # ------------------------------------------------------------------------------------------------
@@ -64,10 +65,10 @@ class Settings:
             stored = {name: getattr(model.config, name) for name in names}
         chosen, source = {}, {}
         for where, settings in ((f"{where}: ", stored), ("generation_config: ", as_dict(config))):
-            values = {name: plain(value) for name, value in settings.items() if value is not None}
+            values = {name: as_python(value) for name, value in settings.items() if value is not None}
             chosen |= values
             source |= dict.fromkeys(values, where)
-        chosen |= {name: plain(value) for name, value in given.items()}
+        chosen |= {name: as_python(value) for name, value in given.items()}
         source |= dict.fromkeys(given, "")
         names = [f.name for f in fields(cls)]
         for name in sorted(chosen.keys() - set(names)):
@@ -83,7 +84,7 @@ class Settings:
             read = self.do_sample or name not in SAMPLING_ONLY
             given = value is not None or name == "temperature"
             if read and given and not right(value):
-                raise ValueError(f"{source.get(name, '')}{name} must be {must}, got {short(value)}")
+                raise ValueError(f"{source.get(name, '')}{name} must be {must}, got {shown(value)}")
         self.do_sample = bool(self.do_sample)
         self.num_return_sequences = self.num_return_sequences or 1
         if self.min_length and self.min_new_tokens is not None:
@@ -227,7 +228,7 @@ def refuse(name, chosen, where, known):
         raise ValueError(f"{where}{name!r} is no setting of generate; {advice}")
     if value is not None and value not in REFUSED[name]:
         off = " or ".join(map(repr, (None, *REFUSED[name])))
-        raise ValueError(f"{where}{name}={short(value)} is not supported here, only in "
+        raise ValueError(f"{where}{name}={shown(value)} is not supported here, only in "
                          f"transformers: leave it out or set it to {off}")
 
 
@@ -242,17 +243,11 @@ def as_dict(config):
                      f"{type(config).__name__}")
 
 
-def plain(value):
+def as_python(value):
     """A setting in Python's own numbers and lists, from tensors, numpy's types, tuples and sets."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    return [plain(each) for each in value] if isinstance(value, (list, tuple, set)) else value
-
-
-def short(value):
-    """A value for an error message, cut where it would fill the line."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return [as_python(each) for each in value] if isinstance(value, (list, tuple, set)) else value
 
 
 # ------------------------------------------------------------------------------------------------
@@ -523,7 +518,7 @@ def new_cache(model, B, total):
         return KVCache(model.config, B, total - 1, model.dtype, model.device, model.shares)
     except (RuntimeError, OverflowError, MemoryError, TypeError) as error:
         raise ValueError(f"there is no room for the keys and values of {total} tokens in {B} rows "
-                         f"({short(str(error).splitlines()[0])}): generate fewer") from None
+                         f"({error_line(error)}): generate fewer") from None
 
 
 def compiled_step(model, cache):
