@@ -95,6 +95,10 @@ def head_forms(head, x):
 
 compiled_block, compiled_head = (torch.compile(f, fullgraph=True)          # all of it, or an error
                                  for f in (block_forms, head_forms))
+# torch.compile compiles anew for every other model, dtype or batch size, and keeps 8 by default.  Here
+# it keeps so many; when it needs one more, all of them are dropped.
+MOST = 64
+TOO_MANY = torch._dynamo.exc.FailOnRecompileLimitHit
 # By default torch.compile ignores hooks that are added after the compilation.
 LOOK_FOR_HOOKS = {"skip_nnmodule_hook_guards": False}
 
@@ -114,9 +118,7 @@ class Step:
     def __init__(self, model, cache):
         check_compiler(model.device)
         check_dropout(model)
-        # Every other model, dtype or batch size is compiled anew.  torch's limit is 8; the ninth
-        # would silently run uncompiled, slower than torch's own kernels and less exact.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST)
         self.model, self.cache = model, cache
         self.layers = {block: i for i, block in enumerate(model.transformer.blocks)}
         self.everything = torch.ones(cache.batch_size, cache.max_length, dtype=torch.bool,
@@ -129,14 +131,23 @@ class Step:
         self.model.run, self.model.transformer.run = compiled_head, self.run_block
         try:
             with torch._dynamo.config.patch(LOOK_FOR_HOOKS):
-                out = self.model(new, mask, position_ids, cache=self.cache, logits_to_keep=1)
-            return out.logits[:, -1]
+                try:
+                    return self.logits(new, mask, position_ids)
+                except TOO_MANY:
+                    for forms in (block_forms, head_forms):
+                        torch._dynamo.eval_frame.remove_from_cache(forms)
+                    return self.logits(new, mask, position_ids)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError("compile=True: torch.compile cannot take this model as it is "
                                f"({reason}); leave compile out") from error
         finally:
             del self.model.run, self.model.transformer.run
+
+    def logits(self, new, mask, position_ids):
+        """The model's own forward pass.  Until its end the cache counts no new token."""
+        out = self.model(new, mask, position_ids, cache=self.cache, logits_to_keep=1)
+        return out.logits[:, -1]
 
     def run_block(self, block, x, *, cache, key_mask, backend, return_weights, **how):
         """In place of PreTrainedModel.run: the same with the compiled block."""
