@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from attention import at_least_float32, choose_backend
 from fast.linear import WEIGHT_FIRST, Instead, is_few
 from fast.slices import in_slices
-from load_weights import load_pretrained, save_pretrained
+from files import shown
+from load_weights import SAVING, check_usual, load_pretrained, save_pretrained
 from quantize import QuantizedLinear, kind_of
 
 # ------------------------------------------------------------------------------------------------
@@ -188,6 +189,19 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     return B, T
 
 
+def kept(x, logits_to_keep):
+    """The hidden states x (B, T, C) whose logits are wanted: of the last tokens, or of all for 0.
+
+    A tensor of indices (n,) chooses tokens, as in the reference.
+    """
+    if torch.is_tensor(logits_to_keep):
+        return x[:, logits_to_keep]
+    if not hasattr(logits_to_keep, "__index__"):
+        raise ValueError("logits_to_keep must be a whole number or a tensor of indices, got "
+                         f"{shown(logits_to_keep)}")
+    return x[:, -logits_to_keep:]
+
+
 def check_ids(input_ids):
     """Raise ValueError unless input_ids is a batch of token ids: int64 or int32 (B, T)."""
     if not torch.is_tensor(input_ids):
@@ -211,6 +225,31 @@ def key_mask_of(attention_mask, B, S):
     mask = attention_mask.bool()
     least, _ = value_range(mask, (False, True))
     return None if least else mask
+
+
+# Arguments of the reference's forward that this project does not have, with the values that change
+# nothing.
+IN_CALL = {"use_cache": (None, False), "past_key_values": (None,), "cache_position": (None,),
+           "token_type_ids": (None,), "head_mask": (None,), "num_items_in_batch": (None,)}
+OWN_CACHE = "make a cache with attention.KVCache and pass it as cache"
+INSTEAD = {"use_cache": OWN_CACHE, "past_key_values": OWN_CACHE}
+
+
+def as_called(forward):
+    """Decorator: forward takes the reference's other arguments too, at values that change nothing.
+
+    return_dict=False returns a tuple.  Raises ValueError, with the name, for any other value.
+    """
+    @functools.wraps(forward)
+    def called(self, *args, return_dict=None, **kwargs):
+        for name in [name for name in kwargs if name in IN_CALL]:
+            value = kwargs.pop(name)
+            if not any(value is usual for usual in IN_CALL[name]):
+                raise ValueError(f"{name}={shown(value, 40)} is not supported in the call of a model: "
+                                 + INSTEAD.get(name, "leave it out"))
+        out = forward(self, *args, **kwargs)
+        return out if return_dict in (None, True) else out.to_tuple()
+    return called
 
 
 # ------------------------------------------------------------------------------------------------
@@ -276,12 +315,15 @@ class PreTrainedModel(nn.Module):
                                dtype=dtype, device=device, attn_implementation=attn_implementation,
                                weights=weights, changes=changes)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, **usual):
         """Write config.json, generation_config.json and model.safetensors, which transformers reads.
 
         The integers of a quantized model go into another file, which only this project reads.
-        Raises OSError if the folder cannot be written; then the files in it are as before.
+        usual: the reference's other arguments at their usual values (load_weights.SAVING).
+        Raises OSError if the folder cannot be written; then the files in it are as before.  Raises
+        ValueError, with the name, for an argument at another value.
         """
+        check_usual("save_pretrained", usual, SAVING)
         save_pretrained(self, folder)
 
     def set_attn_implementation(self, name):

@@ -23,6 +23,24 @@ MOST_LAYERS = 1000                  # larger models would take minutes to build
 LARGEST_SIZE = 2**28                # the bytes of a matrix with two such sizes still fit 64 bits
 
 
+def frozen(cls):
+    """dataclass(frozen=True), except that a field may be set to the value that it has.
+
+    Scripts for transformers set config.use_cache = False before they train; that changes nothing
+    here.  Raises FrozenInstanceError, which says what to do, for every other value.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+
+    def set_field(config, name, value):
+        usual = (*USUAL.get(name, ()), getattr(config, name, USUAL))
+        if not any(type(value) is type(one) and value == one for one in usual):
+            raise dataclasses.FrozenInstanceError(
+                f"config field {name!r} cannot be set to {shown(value)} after loading: give it to "
+                f"from_pretrained(..., {name}=...), or make another config with dataclasses.replace")
+    cls.__setattr__ = set_field
+    return cls
+
+
 class Config:
     """The base of both config classes, which are frozen dataclasses."""
 

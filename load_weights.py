@@ -323,7 +323,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
         check_parts(config)
 
     with torch.device("meta"), NoInit():
-        model = cls(config, attn_implementation)
+        model = cls(config, "auto" if attn_implementation is None else attn_implementation)
     state = read_state(name_or_folder, paths, model, dtype, device, weights, stored, shared)
     model.load_state_dict(state, strict=True, assign=True)
     if shared:
@@ -368,21 +368,31 @@ HUB = ("cache_dir", "local_files_only", "token")            # for huggingface_hu
 # The reference's arguments that change nothing here, with the values that mean "as usual".
 LOADING = {
     "low_cpu_mem_usage": (None, True, False), "trust_remote_code": (None, False), "subfolder": (None, ""),
-    "force_download": (None, False), "resume_download": (None, True, False), "proxies": (None,),
+    "force_download": (None, False), "resume_download": (None, True, False), "proxies": (None, {}),
     "use_auth_token": (None,), "max_memory": (None,), "offload_folder": (None,),
     "offload_state_dict": (None, False), "offload_buffers": (None, False), "quantization_config": (None,),
     "load_in_8bit": (None, False), "load_in_4bit": (None, False), "ignore_mismatched_sizes": (None, False),
     "output_loading_info": (None, False), "from_tf": (None, False), "from_flax": (None, False),
-    "variant": (None,), "state_dict": (None,), "config": (None,), "adapter_kwargs": (None,),
+    "variant": (None,), "state_dict": (None,), "config": (None,), "adapter_kwargs": (None, {}),
     "tp_size": (None,), "device_mesh": (None,), "use_kernels": (None, False),
-    "weights_only": (None, True), "key_mapping": (None,), "mirror": (None,), "use_cache": (None, True, False),
+    "weights_only": (None, True), "key_mapping": (None, {}), "mirror": (None,),
+    "use_cache": (None, True, False),
     "return_dict": (None, True), "output_hidden_states": (None, False), "output_attentions": (None, False),
     "code_revision": (None, "main"), "gguf_file": (None,), "use_flash_attention_2": (None, False),
     "from_pt": (None, True, False), "_do_init": (None, True),       # of the Flax classes
+    "disable_mmap": (None, False), "fusion_config": (None, {}), "kernel_config": (None,),
+    "_fast_init": (None, True, False), "generation_config": (None,),
+}
+SAVING = {                                                 # the same for save_pretrained
+    "safe_serialization": (None, True), "is_main_process": (None, True), "state_dict": (None,),
+    "push_to_hub": (None, False), "max_shard_size": (None,), "variant": (None,), "token": (None,),
+    "save_peft_format": (None, True, False), "save_original_format": (None, True, False),
 }
 REASONS = {"trust_remote_code": "code of a checkpoint is never run here",
            "load_in_8bit": "weights='int8' quantizes", "load_in_4bit": "weights='int4' quantizes",
            "quantization_config": "weights='int8' or 'int4' quantizes", "subfolder": "give the folder itself",
+           "max_shard_size": "all weights are written into one model.safetensors, which transformers reads",
+           "safe_serialization": "weights are written as safetensors",
            "output_hidden_states": "ask for them in the call", "output_attentions": "ask for them in the call",
            "use_flash_attention_2": "attn_implementation='flash' asks for it"}
 
@@ -396,15 +406,25 @@ def loading_options(changes, device):
     use_safetensors = changes.pop("use_safetensors", None)
     if use_safetensors not in (None, True, False):
         raise ValueError(f"use_safetensors must be True, False or None, got {shown(use_safetensors)}")
-    for name, usual in LOADING.items():
-        value = changes.pop(name, None)
-        if not any(value is one or (value == one and type(value) is type(one)) for one in usual):
-            reason = REASONS.get(name, "only its usual values are taken")
-            raise ValueError(f"from_pretrained({name}={shown(value)}) is not supported: {reason}")
+    check_usual("from_pretrained", {name: changes.pop(name) for name in LOADING if name in changes}, LOADING)
     mapped = device_of_map(changes.pop("device_map", None))
     if None not in (mapped, device) and torch.device(mapped) != torch.device(device):
         raise ValueError(f"device_map={mapped} and device={device} contradict each other: give one")
-    return hub, use_safetensors, mapped if device is None else device
+    device = mapped if device is None else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {shown(str(device))} cannot be used here: {error_line(error)}") from None
+    return hub, use_safetensors, device
+
+
+def check_usual(function, given, table):
+    """Raise ValueError, with the name, for an argument that is not at one of its usual values."""
+    for name, value in given.items():
+        usual = table.get(name, ())
+        if not any(value is one or (value == one and type(value) is type(one)) for one in usual):
+            reason = REASONS.get(name, "only its usual values are taken")
+            raise ValueError(f"{function}({name}={shown(value)}) is not supported: {reason}")
 
 
 def device_of_map(device_map):

@@ -127,8 +127,9 @@ class Settings:
         else:
             total = min(prompt + 20, config.max_position_embeddings)
         if total <= prompt:
+            limit = f"max_length={total}" if self.max_length is not None else f"{total} positions"
             raise ValueError(f"the prompt has {prompt} tokens, which leaves nothing to generate "
-                             f"within a total length of {total}")
+                             f"within a total length of {limit}: give max_new_tokens")
         least = max(self.min_length or 0, prompt + (self.min_new_tokens or 0))
         if least > total:
             warnings.warn(f"the least length, {least} tokens, is more than the {total} at which "
@@ -285,6 +286,12 @@ def choose(scores, settings, generator=None, text=None):
         scores = step(scores, value, text)
     if not settings.do_sample:
         return scores.argmax(-1)
+    if scores.device.type == "cpu" and not scores.amax(-1).isfinite().all():
+        forbid = [name for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+                                    "no_repeat_ngram_size", "min_length", "min_new_tokens")
+                  if getattr(settings, name)]
+        raise ValueError("there is no token to draw: " + (
+            f"{' and '.join(forbid)} forbid all of them" if forbid else "the model's scores are not numbers"))
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 

@@ -300,7 +300,7 @@ class Tokenizer:
         skip = self._special_ids if skip_special_tokens else ()
         return (b"" if i in skip else self._bytes.get(i, b"") for i in ids)
 
-    def decode(self, ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **neutral):
+    def decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **neutral):
         """The text of a list or tensor of ids, or of one id.  Bytes that are no UTF-8 give U+FFFD.
 
         clean_up_tokenization_spaces has no effect: transformers 5 ignores it for BPE as well.
@@ -309,11 +309,11 @@ class Tokenizer:
         check_neutral("decode", neutral, NEUTRAL_IN_DECODE)
         if clean_up_tokenization_spaces:
             warnings.warn("clean_up_tokenization_spaces=True is ignored for a byte-level BPE", stacklevel=2)
-        return b"".join(self._pieces(id_list(ids), skip_special_tokens)).decode("utf-8", "replace")
+        return b"".join(self._pieces(id_list(token_ids), skip_special_tokens)).decode("utf-8", "replace")
 
-    def batch_decode(self, rows, skip_special_tokens=False, **options):
+    def batch_decode(self, sequences, skip_special_tokens=False, **options):
         """The texts of many rows of ids, such as model.generate returns; ids alone are one row."""
-        rows = as_lists(rows)
+        rows = as_lists(sequences)
         if not (isinstance(rows, (list, tuple)) and rows and isinstance(rows[0], (list, tuple))):
             rows = [rows]
         return [self.decode(row, skip_special_tokens, **options) for row in rows]
@@ -530,12 +530,13 @@ class Tokenizer:
         token = self._added.get(text)
         return self._normalize(text) if token and token.normalized else text
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, **neutral):
         """Write the files that were read, unchanged, and tokenizer_config.json with the settings.
 
         tokenizer.json is changed only where tokens have been added since.  Raises ValueError if
         the folder has another tokenizer.json, and OSError if it cannot be written.
         """
+        check_neutral("save_pretrained", neutral, NEUTRAL_IN_SAVING)
         folder = Path(folder)
         if "tokenizer.json" not in self._files and (folder / "tokenizer.json").exists():
             raise ValueError(f"{folder} has a tokenizer.json already, which would be read instead "
@@ -608,10 +609,13 @@ class Encoding(dict):
             raise AttributeError(f"no {name} here, only {', '.join(self)}") from None
 
     def to(self, *args, **kwargs):
-        """Move the tensors, in place: .to("cuda")."""
-        if any(isinstance(value, list) for value in self.values()):
+        """Move the tensors, in place: .to("cuda").  Ids stay integers, whatever dtype is named."""
+        if not all(hasattr(value, "to") for value in self.values()):
             raise ValueError('lists have no device: ask the tokenizer for return_tensors="pt"')
-        self.update({name: value.to(*args, **kwargs) for name, value in self.items()})
+        for name, value in self.items():
+            moved = value.to(*args, **kwargs)
+            same = moved.is_floating_point() == value.is_floating_point()
+            self[name] = moved if same else value.to(moved.device)
         return self
 
 
@@ -626,8 +630,12 @@ NEUTRAL_IN_CALL = {
 NEUTRAL_IN_DECODE = {"spaces_between_special_tokens": (True, False), "use_source_tokenizer": (False,)}
 NEUTRAL_IN_LOADING = {
     "use_fast": (True, False, None), "trust_remote_code": (False, None), "force_download": (False,),
-    "subfolder": (None, ""), "proxies": (None,), "legacy": (None, True, False), "gguf_file": (None,),
-    "code_revision": (None,), "tokenizer_type": (None,), "use_auth_token": (None,)}
+    "subfolder": (None, ""), "proxies": (None, {}), "legacy": (None, True, False), "gguf_file": (None,),
+    "code_revision": (None,), "tokenizer_type": (None,), "use_auth_token": (None,),
+    "resume_download": (None, True, False), "from_slow": (None, False), "verbose": (True, False),
+    "tokenizer_file": (None,), "config": (None,)}
+NEUTRAL_IN_SAVING = {"legacy_format": (None, True, False), "filename_prefix": (None,),
+                     "push_to_hub": (None, False), "token": (None,)}
 
 
 def check_neutral(function, arguments, neutral):
@@ -653,21 +661,27 @@ def check_count(name, value):
 
 
 def tensor(rows, kind):
-    """Rows of ids as (B, T) int64: a tensor for kind "pt", an array for "np"; for "jax" JAX's, int32."""
-    if len(lengths := {len(row) for row in rows}) > 1:
+    """Rows of ids (B, T), or single numbers (B,), int64: a tensor for kind "pt", an array for "np".
+
+    For "jax" JAX's array, int32.  Labels may be fractions; these keep their type.
+    """
+    rows_of_ids = [row for row in rows if isinstance(row, (list, tuple))]
+    if len(lengths := {len(row) for row in rows_of_ids}) > 1:
         raise ValueError(f"the texts have {min(lengths)} to {max(lengths)} tokens, and a tensor "
                          "needs rows of one length: pass padding=True")
+    firsts = [row[0] for row in rows_of_ids if row] if rows_of_ids else rows
+    fractions = any(isinstance(number, float) for number in firsts)
     if kind == "np":
         import numpy  # only here, like torch: the rest of this file does not need them
-        return numpy.array(rows, dtype=numpy.int64)
+        return numpy.array(rows, dtype=None if fractions else numpy.int64)
     if kind == "jax":
         try:
             import jax
         except ImportError:
             raise ImportError('return_tensors="jax" needs the package jax: pip install jax') from None
-        return jax.numpy.array(rows, dtype=int)
+        return jax.numpy.array(rows, dtype=None if fractions else int)
     import torch
-    return torch.tensor(rows, dtype=torch.long)
+    return torch.tensor(rows, dtype=None if fractions else torch.long)
 
 
 def id_list(ids):

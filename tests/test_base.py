@@ -1,5 +1,9 @@
 """What users of transformers expect of a model and its output."""
 
+import dataclasses
+import inspect
+import sys
+
 import pytest
 import torch
 import transformers
@@ -33,6 +37,62 @@ def test_outputs_are_mappings_and_tuples(case):
     assert torch.equal(alone[0], alone.logits) and len(alone) == 1
     with pytest.raises(KeyError, match="loss: this output has logits"):
         alone["loss"]
+
+
+@every_case
+def test_the_references_other_arguments_of_the_call(case):
+    """Taken where they change nothing or are done; refused by their names otherwise, by every model of the family."""
+    model, theirs = ours(case), reference(case)
+    heads = [getattr(sys.modules[type(model).__module__], type(model).__name__.replace("CausalLM", kind))(model.config)
+             for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering")]
+    with torch.no_grad():
+        expected = theirs(case.ids)
+        plain = model(case.ids, use_cache=False, return_dict=True, past_key_values=None, token_type_ids=None, cache_position=None,
+                      head_mask=None, num_items_in_batch=None, output_attentions=None, output_hidden_states=None)
+        assert torch.equal(plain.logits, expected.logits)
+        loss, logits = model(case.ids, labels=case.ids, return_dict=False)
+        assert torch.equal(logits, expected.logits) and torch.equal(loss, theirs(case.ids, labels=case.ids).loss)
+        chosen = torch.tensor([0, case.T - 1])
+        assert torch.equal(model(case.ids, logits_to_keep=chosen).logits, theirs(case.ids, logits_to_keep=chosen).logits)
+        for other in (model.transformer, *heads):
+            assert isinstance(other(case.ids[:1], use_cache=False, return_dict=False), tuple)
+    for other in (model, model.transformer, *heads):
+        for name, value in (("use_cache", True), ("past_key_values", ((1, 2),)), ("token_type_ids", case.ids), ("num_items_in_batch", 3)):
+            with pytest.raises(ValueError, match=f"^{name}=.* is not supported in the call of a model: ") as caught:
+                other(case.ids[:1], **{name: value})
+            assert "\n" not in str(caught.value)
+        with pytest.raises(TypeError, match="nonsense"):
+            other(case.ids[:1], nonsense=1)
+    with pytest.raises(ValueError, match="logits_to_keep must be a whole number"):
+        model(case.ids, logits_to_keep="all")
+    assert list(inspect.signature(model.forward).parameters)[0] == "input_ids"       # as trainers read it
+
+
+def test_settings_of_the_config_that_scripts_set():
+    """config.use_cache = False stands in every script that fine-tunes; other values are refused with the advice."""
+    config = ours(CASES[0]).config
+    config.use_cache = False
+    config.output_hidden_states, config.pad_token_id = False, config.pad_token_id
+    assert "use_cache" not in config.to_dict()
+    for name, value in (("pad_token_id", 5), ("output_attentions", True), ("hidden_size", 7), ("nonsense", 1)):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"'{name}' cannot be set to {value} .*from_pretrained\\(..., {name}="):
+            setattr(config, name, value)
+
+
+def test_usual_arguments_of_saving_and_loading(tmp_path):
+    """At the values that scripts give them; refused by name at others."""
+    model = ours(CASES[0])
+    model.save_pretrained(tmp_path, safe_serialization=True, push_to_hub=False, is_main_process=True, max_shard_size=None)
+    usual = dict(attn_implementation=None, proxies={}, disable_mmap=False, key_mapping={}, _fast_init=True, device="cpu")
+    assert torch.equal(type(model).from_pretrained(tmp_path, **usual).lm_head.weight, model.lm_head.weight)
+    for call, name, value in ((model.save_pretrained, "safe_serialization", False), (model.save_pretrained, "max_shard_size", "5GB"),
+                              (model.save_pretrained, "nonsense", 1), (type(model).from_pretrained, "disable_mmap", True)):
+        with pytest.raises(ValueError, match=f"_pretrained\\({name}={value!r}\\) is not supported: "):
+            call(tmp_path, **{name: value})
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(ValueError, match=f"^device '{device}' cannot be used here: ") as caught:
+            type(model).from_pretrained(tmp_path, device=device)
+        assert "\n" not in str(caught.value)
 
 
 @every_case

@@ -399,6 +399,14 @@ def test_values_of_the_wrong_kind_name_the_setting(pair, name, value):
         model.generation_config = {}
 
 
+@pytest.mark.parametrize("how, words", [
+    (dict(max_length=3), "within a total length of max_length=3"), (dict(do_sample=True, suppress_tokens=[*range(97)]), "suppress_tokens forbid all"),
+    (dict(do_sample=True, eos_token_id=None, no_repeat_ngram_size=1, bad_words_ids=[[i] for i in range(97)]), "bad_words_ids and no_repeat_ngram_size forbid all")])
+def test_settings_that_leave_nothing_are_named(pair, how, words):
+    with pytest.raises(ValueError, match=words):
+        pair[1].generate(IDS, **{"max_new_tokens": None if "max_length" in how else 3} | how)
+
+
 def test_padding_that_the_model_has_no_row_for(pair):
     """Only a batch is ever padded."""
     with pytest.raises(ValueError, match="pad_token_id is 97"):

@@ -224,6 +224,11 @@ def plain(result):
     lambda t: t.batch_decode([[1, 2], [3]]), lambda t: t.batch_decode([1, 2]), lambda t: t.batch_decode(torch.tensor([1, 2])),
     lambda t: t.batch_decode([]), lambda t: t.batch_decode([torch.tensor([1, 2]), torch.tensor([3])]), lambda t: plain(t("hello", "world", return_token_type_ids=True)),
     lambda t: t.num_special_tokens_to_add(), lambda t: plain(t(["hello"], max_length=2, truncation=True, stride=0)),
+    lambda t: t.batch_decode([1, 2]), lambda t: t.batch_decode(torch.tensor([1, 2])), lambda t: t.batch_decode([]),
+    lambda t: t.batch_decode(sequences=[[1, 2], []]), lambda t: t.decode(token_ids=[1, 2]), lambda t: t.batch_decode(((1, 2), (3,))),
+    lambda t: plain(t.pad([{"input_ids": [1, 2], "labels": 1}, {"input_ids": [3], "labels": 0}], return_tensors="pt")),
+    lambda t: plain(t.pad([{"input_ids": [1, 2], "labels": 0.5}, {"input_ids": [3], "labels": 2.0}], return_tensors="pt")),
+    lambda t: [str(x.dtype) for x in t("hello", return_tensors="pt").to(torch.float16).values()],
 ])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_calls(both, call, side):
@@ -231,6 +236,17 @@ def test_calls(both, call, side):
         tokenizer.pad_token = "<|endoftext|>"
         tokenizer.padding_side = tokenizer.truncation_side = side
     assert call(both[0]) == call(both[1])
+
+
+@pytest.mark.parametrize("loading, saving", [
+    (dict(resume_download=True, proxies={}, from_slow=False, verbose=False, use_fast=True), dict(legacy_format=False, push_to_hub=False))])
+def test_usual_values_of_other_arguments(loading, saving, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "checkpoints" / "demo-neox", **loading)
+    tokenizer.save_pretrained(tmp_path, **saving)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).encode("HAMLET.") == tokenizer.encode("HAMLET.")
+    for call, name in ((tokenizer.save_pretrained, "filename_prefix"), (AutoTokenizer.from_pretrained, "tokenizer_file")):
+        with pytest.raises(TypeError, match=f"{name}='x' is not implemented here"):
+            call(tmp_path, **{name: "x"})
 
 
 def test_tokens_are_added_saved_and_loaded_by_transformers(tmp_path):
