@@ -178,7 +178,7 @@ def shards(index, name_or_folder, revision, hub):
 def read_tensors(path, apart=False):
     """Yield (name, tensor) of one weight file, mapped from disk rather than read where possible.
 
-    apart: map each tensor by itself, so that what was read of it leaves the memory with it.
+    apart: map each tensor by itself, so that its pages leave the memory when it is deleted.
     """
     if Path(path).suffix in (".msgpack", ".index", ".pt"):
         yield from read_original(path, read_bin)
@@ -205,19 +205,19 @@ def read_tensors(path, apart=False):
         raise ValueError(f"{path}: tensor {plain(name)} cannot be read ({error_line(error)})") from None
 
 
-LARGEST_PICKLE = 2**20                                     # bytes; GPT-NeoX-20B's 660 tensors take an eighth
-MOST_STEPS = 300_000                                       # of a pickle; a tensor takes about 30
+LARGEST_PICKLE = 2**20              # bytes; the list of GPT-NeoX-20B's 660 tensors has an eighth of it
+MOST_STEPS = 300_000                # in a pickle; a tensor takes about 30
 
 
 def read_bin(path, module=False):
-    """The dict of tensors in a file of torch.save, without running code that is in it.
+    """{name: tensor} of a file written by torch.save; code in the file is not run.
 
-    module: it is the entry of this name, beside others, in a checkpoint of DeepSpeed.
-    Raises ValueError, naming the file, for one that is damaged, that holds anything but plain tensors, or
-    that would take much more time or memory than its weights.
+    module: read the entry "module" of the file's dict, as in a checkpoint of DeepSpeed.
+    Raises ValueError, naming the file, for a damaged file, for one with anything but plain tensors,
+    and for one that would take much more time or memory than its weights need.
     """
     try:
-        zipped = zipfile.is_zipfile(path)                  # before torch 1.6 no zip, so not to be mapped
+        zipped = zipfile.is_zipfile(path)                  # torch < 1.6 wrote no zip: not to be mapped
         check_size(path, zipped)
         with torch.serialization.safe_globals(NUMPY_STATE if module else []):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -240,18 +240,20 @@ def read_bin(path, module=False):
 
 
 class OversizeError(Exception):
-    """A .bin file whose list of tensors is not that of a model."""
+    """A .bin file is larger, or has more in it, than any model needs."""
 
 
 def check_size(path, zipped):
-    """Raise OversizeError before unpickling what no model needs: torch.save never compresses, and the
-    list of a model's tensors is short."""
+    """Raise OversizeError, before anything is unpickled, for a file that cannot be a model's.
+
+    torch.save never compresses, and the list of a model's tensors is short.
+    """
     if not zipped:
-        with open(path, "rb") as file:                     # four pickles, of which the last is the list
+        with open(path, "rb") as file:                     # four pickles; the last one is the list
             for _ in range(4):
                 check_steps(file)
         return
-    with open(path, "rb") as file:                         # the end of a zip says how long its list is
+    with open(path, "rb") as file:                         # a zip ends with the length of its list
         file.seek(max(0, os.path.getsize(path) - 2**16))
         tail = file.read()
     end = tail.rfind(b"PK\x05\x06")
@@ -269,7 +271,7 @@ def check_size(path, zipped):
 
 
 def check_steps(file):
-    """Raise OversizeError for a pickle that would take long, whatever its steps do; none is done here."""
+    """Raise OversizeError for a pickle of too many steps, which are counted and not executed."""
     for step, _ in enumerate(pickletools.genops(file)):
         if step > MOST_STEPS:
             raise OversizeError("it names more tensors than any model has")
@@ -365,7 +367,7 @@ def make_config(cls, name_or_folder, raw):
 
 
 HUB = ("cache_dir", "local_files_only", "token")            # for huggingface_hub; nothing for a folder
-# The reference's arguments that change nothing here, with the values that mean "as usual".
+# transformers' other arguments, with the values at which they change nothing here.
 LOADING = {
     "low_cpu_mem_usage": (None, True, False), "trust_remote_code": (None, False), "subfolder": (None, ""),
     "force_download": (None, False), "resume_download": (None, True, False), "proxies": (None, {}),
@@ -428,7 +430,7 @@ def check_usual(function, given, table):
 
 
 def device_of_map(device_map):
-    """The one device that a device_map names, or None for none; a model is not split here."""
+    """The device that a device_map names, or None; one that splits the model is a ValueError."""
     if isinstance(device_map, dict) and list(device_map) == [""]:
         device_map = device_map[""]
     if device_map == "auto":
@@ -451,7 +453,7 @@ def with_changes(raw, changes, cls):
     if unknown := sorted(set(changes) - known):
         raise ValueError(f"{cls.__name__}.from_pretrained takes no {', '.join(unknown)}, and "
                          f"{cls.config_class.__name__} has no such field")
-    stale = set()                                          # what the file says of the same thing in other words
+    stale = set()                                          # fields of the file that say the same
     if {"num_labels", "id2label"} & set(changes):
         stale |= {"num_labels", "id2label", "label2id"}
     if "attention_types" in changes:

@@ -1,4 +1,4 @@
-"""What replaces a definition to be faster is the definition: in every derivative, under every transform.
+"""The fast forms in fast/ give what their definitions give: all derivatives, under all transforms.
 
 The sizes from which slices are taken are patched down, so that tiny tensors take them.
 """

@@ -1,4 +1,4 @@
-"""Files that belong together are written all or not at all, and what stands in a file is shown harmlessly."""
+"""Files that belong together are written all or not at all; what a file contains is printed safely."""
 
 import json
 import os
