@@ -6,6 +6,8 @@
     python benchmark.py batch           tokens a second of 1, 4 and 16 rows
     python benchmark.py memory          peak memory of a prompt of 1984 tokens and 64 new ones
     python benchmark.py train           one training step: time, memory  (benchmarks/training.py)
+    python benchmark.py 20b             gpt-neox-20b's shape in 4 bits   (benchmarks/twenty.py)
+    python benchmark.py accuracy        what 8 and 4 bits a weight lose  (benchmarks/accuracy.py)
     python benchmark.py growth          speed and memory against the length of the text, with plots
     python benchmark.py ceilings        how fast this machine can read memory and multiply matrices
     python benchmark.py load            from_pretrained and every weight read once: time, memory
@@ -41,7 +43,7 @@ MISSING = stand_ins.install() if "gpu" in sys.argv else []          # before any
 
 import torch
 
-from benchmarks import backends, generation, gpu, growth, kernels, training
+from benchmarks import accuracy, backends, generation, gpu, growth, kernels, training, twenty
 from benchmarks.common import ROOT, in_fresh_process, in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
 from neo import GPTNeoForCausalLM
@@ -123,7 +125,7 @@ def first_token(rounds):
 
 COMMANDS = {**generation.COMMANDS, "growth": growth.run, "train": training.run, "load": load,
             "first-token": first_token, "attention": backends.run, "kernels": kernels.run,
-            "gpu": gpu.run}
+            "gpu": gpu.run, "20b": twenty.run, "accuracy": accuracy.run}
 
 ALL = ("ceilings", "prefill", "decode", "batch", "memory", "train", "load", "first-token")
 
@@ -139,6 +141,9 @@ def arguments(argv):
            help="transformers (default), llama.cpp, or both with a comma")
     option("--dtype", choices=["float32", "bfloat16", "float16"],
            help="default float32; for attention on a GPU float16")
+    option("--weights", choices=["int8", "int4"], default="int4", help="20b (default int4)")
+    option("--texts", metavar="DIR", default=".venv/texts",
+           help="accuracy: Shakespeare's plays, which make .venv/texts gets (default .venv/texts)")
     option("--rounds", type=int, default=5, metavar="N",
            help="how often everyone takes a turn (default 5)")
     option("--tokens", type=int, default=2048, metavar="T",

@@ -33,7 +33,7 @@ from files import shown
 BITS = {"int8": 8, "int4": 4}
 GROUP = {"int8": None, "int4": 64}      # columns that share scale and zero; None: a whole row
 LANES = 16                              # rows whose words lie side by side: one load of AVX-512, two of AVX2
-SLICE = 256                             # rows that are packed or unpacked at once
+SLICE = 2**19                           # about so many numbers are packed or unpacked at once
 FEW = 4                                 # with at most so many rows of x, few_rows is the faster form
 PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}
 METHOD = "words-of-gpt-neo-and-neox-from-scratch"      # `quant_method` in config.json
@@ -54,8 +54,13 @@ def quantize(weight, kind):
     if not weight.is_floating_point() or weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"a matrix of floating-point numbers is needed, got {weight.dtype} "
                          f"of shape {tuple(weight.shape)}")
-    parts = [quantize_slice(rows.float(), kind) for rows in weight.detach().split(SLICE)]
+    parts = [quantize_slice(rows.float(), kind) for rows in weight.detach().split(rows_at_once(weight.size(1)))]
     return [torch.cat(part) for part in zip(*parts)]
+
+
+def rows_at_once(K):
+    """Rows of K numbers that fit into the processor's cache, a multiple of 16: 672 of 768, 64 of 24576."""
+    return max(4 * LANES, SLICE // K // LANES * LANES)
 
 
 def quantize_slice(w, kind):
@@ -170,7 +175,7 @@ class QuantizedLinear(nn.Module):
 
     def definition(self, x):
         """A few rows of the matrix at a time, so that they stay in the processor's cache."""
-        step = self.out_features if torch.compiler.is_compiling() else SLICE
+        step = self.out_features if torch.compiler.is_compiling() else rows_at_once(self.in_features)
         found = []
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)

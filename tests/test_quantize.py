@@ -1,5 +1,6 @@
 """Weights of 8 and 4 bits: what the integers mean, the two ways to multiply by them, models, files."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,18 +12,30 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import generate
+import load_weights
 import quantize
+import score
+from benchmarks import accuracy, twenty
+from benchmarks.common import in_fresh_process
+from benchmarks.shapes import SHAPES as OFFICIAL
+from benchmarks.shapes import pythia
 from conftest import ROOT
 from helpers import ours, random_case, relative, saved
 from load_weights import AutoModelForCausalLM, AutoModelForSequenceClassification
-from neox import GPTNeoXModel
+from neox import GPTNeoXForCausalLM, GPTNeoXModel
 from quantize import BITS, GROUP, PARTS, QuantizedLinear, dequantize, few_rows
 
 KINDS = pytest.mark.parametrize("kind", BITS)
 FAMILIES = pytest.mark.parametrize("family", ["gpt_neo", "gpt_neox"])
-SHAPES = [(1, 1), (16, 64), (17, 63), (5, 65), (33, 128), (300, 200), (512, 40)]   # 300 and 512: more than a slice
+SHAPES = [(1, 1), (16, 64), (17, 63), (5, 65), (33, 128), (300, 200), (512, 40)]
 compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 IDS = torch.randint(1, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    """So that the larger shapes here are more than one slice, as real ones are."""
+    monkeypatch.setattr(quantize, "SLICE", 2**12)
 
 
 def random_words(kind, N, K, seed=0):
@@ -351,6 +364,54 @@ def test_damaged_files_are_refused_by_name(change, words, tmp_path):
     save_file(tensors, tmp_path / quantize.FILE)
     with pytest.raises(ValueError, match=words):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("width, heads", [(384, 6), pytest.param(6144, 64, marks=pytest.mark.slow)])
+def test_a_slice_of_20b_is_the_naive_one_of_its_dequantized_weights(width, heads, monkeypatch, tmp_path):
+    """Four layers as `benchmark.py 20b` makes and reads them: four shards, one file on the disk."""
+    config = dataclasses.replace(OFFICIAL["gpt-neox-20b"], num_hidden_layers=4, hidden_size=width, num_attention_heads=heads,
+                                 intermediate_size=4 * width, vocab_size=509)
+    twenty.write_folder(config, tmp_path)
+    assert len({path.stat().st_ino for path in tmp_path.glob("*-of-00006.safetensors")}) == 3
+    monkeypatch.setattr(load_weights, "read_tensors", twenty.read_shard)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, weights="int4", attn_implementation="naive")
+    assert torch.equal(model.transformer.blocks[0].mlp.up_proj.words, model.transformer.blocks[3].mlp.up_proj.words)
+    with torch.no_grad():
+        found = model(IDS).logits
+        for layer in [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]:
+            layer.forward = lambda x, layer=layer: F.linear(x, layer.dequantize(), layer.bias)
+        assert relative(found, model(IDS).logits) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_peak_is_the_quantized_model_and_one_tensor(dtype, tmp_path):
+    """In a process of its own, above what a tiny model needs; one file, whatever its dtype.  The largest tensor is
+    the embedding, which is kept besides."""
+    config = pythia(12, 1024, 16)
+    GPTNeoXForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    code = ("from load_weights import AutoModelForCausalLM as Auto\n"
+            f"Auto.from_pretrained({str(saved(random_case(1)))!r}, weights='int4')\n"
+            "before = peak()\n"
+            f"model = Auto.from_pretrained({str(tmp_path)!r}, weights='int4', torch_dtype='float16')\n"
+            "size = sum(x.nbytes for x in model.state_dict().values())")
+    peak, size = in_fresh_process(code, "[peak() - before, size]")
+    tensor = config.vocab_size * 1024 * (4 if dtype == "float32" else 2)
+    print(f"{dtype}: peak {peak / 1e6:.0f} MB, quantized model {size / 1e6:.0f}, one tensor {tensor / 1e6:.0f}")
+    assert peak < 1.1 * (size + tensor)
+
+
+def test_what_is_lost_is_measured():
+    """The figures of benchmark.py accuracy: none beside itself, and those of int8 smaller than those of int4."""
+    whole = AutoModelForCausalLM.from_pretrained(ROOT / "checkpoints" / "demo-neox")
+    ids = torch.randint(0, 1400, (600,), generator=torch.Generator().manual_seed(0))
+    found = [accuracy.differences(whole, other, ids) for other in (whole, *(
+        AutoModelForCausalLM.from_pretrained(ROOT / "checkpoints" / "demo-neox", weights=kind) for kind in BITS))]
+    assert found[0]["error"] == found[0]["KL"] == 0 and found[0]["top-1"] == 1
+    for key, sign in (("error", 1), ("KL", 1), ("top-1", -1)):
+        assert sign * found[0][key] < sign * found[1][key] < sign * found[2][key]
+    loss = -score.log_probs(whole, ids).double().sum().item()
+    assert found[1]["nats"][0] == pytest.approx(loss, rel=1e-5) and found[1]["nats"][1] != found[1]["nats"][0]
 
 
 def test_on_the_command_line(capsys, tmp_path):
