@@ -17,11 +17,11 @@ import os
 import pickle
 import pickletools
 import re
+import sys
 import warnings
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -501,9 +501,10 @@ def parse_dtype(dtype, raw):
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is None:
             return None
-    if not isinstance(dtype, (str, torch.dtype)):          # numpy's and JAX's dtypes have names too
+    numpy = sys.modules.get("numpy")                       # whoever has such a dtype has loaded it
+    if numpy and not isinstance(dtype, (str, torch.dtype)):        # numpy's and JAX's dtypes
         with contextlib.suppress(TypeError):
-            dtype = np.dtype(dtype).name
+            dtype = numpy.dtype(dtype).name
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found not in FLOATS:
         raise ValueError("dtype must be 'auto', float32, float16, bfloat16 or float64, got "

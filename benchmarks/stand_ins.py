@@ -7,6 +7,7 @@ module may be missing:
     tqdm           no progress bar is shown
     tiktoken       every byte of a text becomes a token of its own: right ids, but more of them
     safetensors    checkpoints cannot be read or written, so train.py cannot be checked
+    numpy          checkpoints in their original formats cannot be read
 """
 
 import importlib.machinery
@@ -60,15 +61,24 @@ CONTENTS = {
                         safe_open=missing("safetensors")),
     "safetensors.torch": dict(save_file=missing("safetensors"), load_file=missing("safetensors")),
 }
+# Parts of the project that need numpy.  It has no stand-in itself, as torch would take it for real.
+NEED_NUMPY = {
+    "originals": dict(original_config=lambda *arguments: None,         # there are none
+                      original_files=lambda *arguments: None, read_original=missing("numpy")),
+    "originals.flax": dict(write_flax=missing("numpy")),
+    "originals.neox": dict(NUMPY_STATE=[]),
+}
 
 
 def install():
     """Put a stand-in in the place of each missing package; returns the names of these packages."""
     gone = [name for name in CONTENTS if "." not in name and name not in sys.modules
             and importlib.util.find_spec(name) is None]
-    for name, contents in CONTENTS.items():
-        if name.split(".")[0] in gone:
-            sys.modules[name] = module = types.ModuleType(name)
-            module.__spec__ = importlib.machinery.ModuleSpec(name, None)   # torch.compile reads it
-            vars(module).update(contents)
+    modules = {name: x for name, x in CONTENTS.items() if name.split(".")[0] in gone}
+    if importlib.util.find_spec("numpy") is None:
+        modules |= NEED_NUMPY
+    for name, contents in modules.items():
+        sys.modules[name] = module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)   # torch.compile reads it
+        vars(module).update(contents)
     return gone
