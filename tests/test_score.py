@@ -70,8 +70,9 @@ def test_loss_of_a_short_text_is_the_references(name):
         assert found.double().mean().item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", DEMOS)
-@pytest.mark.parametrize("stride", [None, 100])
+@pytest.mark.parametrize("name, stride", [
+    ("demo-neo", 100), ("demo-neox", None), pytest.param("demo-neo", None, marks=pytest.mark.slow),
+    pytest.param("demo-neox", 100, marks=pytest.mark.slow)])
 def test_a_long_text_by_the_documentations_recipe(name, stride):
     """transformers' windows with labels of -100: each one's mean, times the tokens it is a mean of."""
     theirs, mine, tokenizer = demo(name)
