@@ -11,13 +11,18 @@ os.environ.setdefault("TRITON_INTERPRET", "1")             # both are read when 
 os.environ["FLASH_ATTENTION_TRITON_AMD_ENABLE"] = "TRUE"   # flash-attn without CUDA: its own Triton backend
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
 
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
-# The models are tiny, so a second thread only waits; make test-cpus tries other numbers.
-torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+def pytest_configure(config):
+    """Not in the process that only hands tests to workers, since these imports take seconds."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # The models are tiny, so a second thread only waits; make test-cpus tries other numbers.
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
