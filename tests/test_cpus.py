@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import cpus
 from conftest import ROOT
 
 
@@ -17,3 +18,7 @@ def test_as_if_on_other_processors():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "torch's kernels: DEFAULT, numpy's BLAS: Haswell" in done.stdout
+
+
+def test_the_combined_runs_hold_every_setting():
+    assert set(" ".join(cpus.COMBINED).split()) == set(cpus.SETTINGS)
