@@ -189,19 +189,6 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     return B, T
 
 
-def kept(x, logits_to_keep):
-    """The hidden states x (B, T, C) whose logits are wanted: of the last tokens, or of all for 0.
-
-    A tensor of indices (n,) chooses tokens, as in the reference.
-    """
-    if torch.is_tensor(logits_to_keep):
-        return x[:, logits_to_keep]
-    if not hasattr(logits_to_keep, "__index__"):
-        raise ValueError("logits_to_keep must be a whole number or a tensor of indices, got "
-                         f"{shown(logits_to_keep)}")
-    return x[:, -logits_to_keep:]
-
-
 def check_ids(input_ids):
     """Raise ValueError unless input_ids is a batch of token ids: int64 or int32 (B, T)."""
     if not torch.is_tensor(input_ids):
@@ -235,8 +222,8 @@ OWN_CACHE = "make a cache with attention.KVCache and pass it as cache"
 INSTEAD = {"use_cache": OWN_CACHE, "past_key_values": OWN_CACHE}
 
 
-def as_called(forward):
-    """Decorator: forward takes the reference's other arguments too, at values that change nothing.
+def as_usual(forward):
+    """Decorator: accept the other arguments of transformers' forward at their usual values.
 
     return_dict=False returns a tuple.  Raises ValueError, with the name, for any other value.
     """
@@ -361,6 +348,20 @@ class PreTrainedModel(nn.Module):
             with Instead(WEIGHT_FIRST):
                 return part(x, **how)
         return part(x, **how)
+
+    @staticmethod
+    def tokens_to_keep(x, logits_to_keep):
+        """The part of the hidden states x (B, T, C) whose logits are computed.
+
+        logits_to_keep: the number of last tokens, 0 for all, or a tensor (n,) of indices, as in
+        transformers.  Raises ValueError for anything else.
+        """
+        if torch.is_tensor(logits_to_keep):
+            return x[:, logits_to_keep]
+        if not hasattr(logits_to_keep, "__index__"):
+            raise ValueError("logits_to_keep must be a whole number or a tensor of indices, got "
+                             f"{shown(logits_to_keep)}")
+        return x[:, -logits_to_keep:]                      # -0: all
 
     @property
     def base_model(self):

@@ -22,16 +22,7 @@ import torch
 import torch.nn as nn
 
 from attention import attention, choose_backend
-from base import (
-    ACTIVATIONS,
-    ModelOutput,
-    PreTrainedModel,
-    as_called,
-    check_inputs,
-    kept,
-    key_mask_of,
-    next_token_loss,
-)
+from base import ACTIVATIONS, ModelOutput, PreTrainedModel, as_usual, check_inputs, key_mask_of, next_token_loss
 from configs import GPTNeoXRules, frozen
 from sampling import generate
 from task_heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification
@@ -195,7 +186,7 @@ class GPTNeoXModel(PreTrainedModel):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.init_weights()
 
-    @as_called
+    @as_usual
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None,
                 output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with last_hidden_state (B, T, C).
@@ -252,7 +243,7 @@ class GPTNeoXForCausalLM(PreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.embed.weight
 
-    @as_called
+    @as_usual
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
                 cache=None, logits_to_keep=0, output_hidden_states=False, output_attentions=False,
                 inputs_embeds=None):
@@ -266,7 +257,7 @@ class GPTNeoXForCausalLM(PreTrainedModel):
         out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,
                                output_attentions, inputs_embeds)
         x, out.last_hidden_state = out.last_hidden_state, None              # not among the outputs
-        out.logits = self.run(self.lm_head, kept(x, logits_to_keep))          # (B, T, V)
+        out.logits = self.run(self.lm_head, self.tokens_to_keep(x, logits_to_keep))     # (B, T, V)
         if labels is not None:
             out.loss = next_token_loss(out.logits, labels)
         return out

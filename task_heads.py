@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from base import PreTrainedModel, as_called
+from base import PreTrainedModel, as_usual
 
 
 class Head(PreTrainedModel):
@@ -49,7 +49,7 @@ class ForSequenceClassification(Head):
 
     head, bias = "score", False
 
-    @as_called
+    @as_usual
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
                 output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with logits (B, N), and loss if labels are given.
@@ -102,7 +102,7 @@ class ForTokenClassification(Head):
         super().__init__(config, attn_implementation)
         self.dropout = nn.Dropout(config.classifier_dropout)
 
-    @as_called
+    @as_usual
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
                 output_hidden_states=False, output_attentions=False, inputs_embeds=None):
         """input_ids (B, T) integer -> ModelOutput with logits (B, T, N), and loss if labels are given.
@@ -129,7 +129,7 @@ class ForQuestionAnswering(Head):
     def outputs(config):
         return 2                                           # start and end, whatever num_labels says
 
-    @as_called
+    @as_usual
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, start_positions=None,
                 end_positions=None, output_hidden_states=False, output_attentions=False,
                 inputs_embeds=None):
