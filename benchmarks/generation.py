@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 
+import quantize
 from benchmarks.common import COLOURS, in_fresh_process, in_turns, name_of, pyplot, ratio, seconds
 from benchmarks.competitors import competitor
 from benchmarks.shapes import SHAPES, write
 from fast.linear import few_rows
 from fast.step import one_row
+from quantize import BITS, QuantizedLinear
 
 
 def competitors(model, against, *ours):
@@ -228,9 +230,27 @@ def ceilings():
             best = min(seconds(lambda: [function(x, w) for w in weights])() for _ in range(7))
             what = f"{rows} row{'s' * (rows > 1)}, {title}, {name_of(dtype)}, GB/s"
             found[what] = sum(w.nbytes for w in weights) / best / 1e9
+    found |= {f"1 row, {kind}, compiled, 10⁹ weights a second": rate for kind, rate in packed_rates()}
     for name, value in found.items():
         print(f"  {name:55s} {value:7.1f}")
     return found
+
+
+@torch.no_grad()
+def packed_rates():
+    """For each kind of integers: how many weights a matrix times one row takes, in 10⁹ a second."""
+    x = torch.randn(1, 768)
+    for kind in BITS:
+        layers = [QuantizedLinear(768, 3072, False, kind) for _ in range(40)]
+        for layer in layers:
+            layer.words.random_(-2**31, 2**31 - 1)
+            layer.scale.uniform_()
+            layer.zero.uniform_()
+        parts = [(layer.words, layer.scale, layer.zero, kind) for layer in layers]
+        function = torch.compile(quantize.few_rows)
+        function(x, *parts[0])
+        best = min(seconds(lambda: [function(x, *part) for part in parts])() for _ in range(7))
+        yield kind, 40 * 768 * 3072 / best / 1e9
 
 
 def draw(result, names, title, x_label, y_label, shown, file):
