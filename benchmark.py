@@ -13,8 +13,9 @@
     python benchmark.py load            from_pretrained and every weight read once: time, memory
     python benchmark.py first-token     from the command line to the first token of text
     python benchmark.py attention       one layer through every backend  (benchmarks/backends.py)
+    python benchmark.py jax             neo_jax.py beside our compiled step (benchmarks/in_jax.py)
     python benchmark.py kernels         the Triton kernels compiled, no GPU (benchmarks/kernels.py)
-    python benchmark.py all             all but gpu, growth, attention and kernels
+    python benchmark.py all             all but gpu, growth, attention, jax and kernels
 
 Both sides get the same weights (random, in an official shape), the same dtype and the same threads.
 They take turns, because the speed of a machine drifts, and ratios are taken turn by turn.  The
@@ -43,7 +44,7 @@ MISSING = stand_ins.install() if "gpu" in sys.argv else []          # before any
 
 import torch
 
-from benchmarks import accuracy, backends, generation, gpu, growth, kernels, training, twenty
+from benchmarks import accuracy, backends, generation, gpu, growth, in_jax, kernels, training, twenty
 from benchmarks.common import ROOT, in_fresh_process, in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
 from neo import GPTNeoForCausalLM
@@ -125,7 +126,7 @@ def first_token(rounds):
 
 COMMANDS = {**generation.COMMANDS, "growth": growth.run, "train": training.run, "load": load,
             "first-token": first_token, "attention": backends.run, "kernels": kernels.run,
-            "gpu": gpu.run, "20b": twenty.run, "accuracy": accuracy.run}
+            "gpu": gpu.run, "jax": in_jax.run, "20b": twenty.run, "accuracy": accuracy.run}
 
 ALL = ("ceilings", "prefill", "decode", "batch", "memory", "train", "load", "first-token")
 
