@@ -145,8 +145,7 @@ def arguments(argv):
     option("--weights", choices=["int8", "int4"], default="int4", help="20b (default int4)")
     option("--texts", metavar="DIR", default=".venv/texts",
            help="accuracy: Shakespeare's plays, which make .venv/texts gets (default .venv/texts)")
-    option("--rounds", type=int, default=5, metavar="N",
-           help="how often everyone takes a turn (default 5)")
+    option("--rounds", type=int, default=5, metavar="N", help="turns that each takes (default 5)")
     option("--tokens", type=int, default=2048, metavar="T",
            help="prefill: length of the prompt (default 2048)")
     option("--lengths", type=int, nargs="+", metavar="T",
