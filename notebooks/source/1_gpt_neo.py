@@ -1,7 +1,7 @@
 # %% [markdown]
 # # GPT-Neo and local attention
 #
-# **Time** 45 minutes, and 35 minutes for the three exercises. **Needs** a CPU; no GPU, no network. You have seen GPT-2's attention once; shapes are named as in notebook 0:
+# **Time** 75 minutes, and 45 minutes for the three exercises. **Needs** a CPU; no GPU, no network. You have seen GPT-2's attention once; shapes are named as in notebook 0:
 # B batch, T new tokens, S tokens in view, C width, H heads, D width of a head, V vocabulary.
 #
 # **Objectives.** Afterwards you can
@@ -78,8 +78,9 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=24)[0, T:].tolist()))
 # ## 2 · Token and position
 #
 # Attention by itself does not know order. GPT-Neo, like GPT-2, adds to each token's row of one table (`embed`) the row of its position in another
-# (`pos_embed`), which was learned. The picture shows how alike the learned rows are: early ones resemble each other, so do late ones, and the two
-# ends of the table point away from each other. Nobody told the model that positions have an order.
+# (`pos_embed`), which was learned. The picture shows how alike the learned rows are: early ones resemble each other, late ones resemble each other, and the two
+# ends of the table point away from each other. Nobody told the model that positions have an order. On both sides of the diagonal you also see thin lines
+# parallel to it. Can you think of a reason why positions that are 103 apart should be alike?
 #
 # **Predict:** the table has P = 512 rows. What happens to a text of 513 tokens?
 
@@ -96,6 +97,27 @@ matrix(alike, "how alike two positions are (cosine)", "position", "position",
        bar=True, colours="PuOr", limits=(-0.4, 0.4))
 assert alike[:50, :50].mean() > 0.1 and alike[-50:, -50:].mean() > 0.1
 assert alike[:50, -50:].mean() < -0.1
+
+# %% [markdown]
+# The thin lines have nothing to do with language: they are the trace of how this model was trained. `training/texts.py` cuts the plays, 1,702,373 tokens, into
+# windows of 512, and each time through the plays it starts at another offset. A token that stood at position p the second time stood at position p + 103 the third time,
+# so these two rows of the table were trained on the same tokens. The next cell computes the offsets anew and looks for the strongest lines: each of their distances is
+# the difference of two offsets, once around a window of 512.
+
+# %%
+from training.texts import epoch_generator
+spare = 1_702_373 % 512                                    # tokens that no window needs
+offsets = [torch.randint(spare + 1, (), generator=epoch_generator(0, n)).item() for n in range(4)]
+explained = {(a - b) % 512 for a in offsets for b in offsets}
+print("offsets", offsets)
+
+# %%
+by_distance = torch.stack([alike.diagonal(d).mean() for d in range(512)])
+around = F.avg_pool1d(by_distance[None], 9, 1, 4)[0]       # of the 9 distances around each
+lines = (by_distance - around)[2:-8].topk(4).indices + 2
+curves(range(512), {"": by_distance}, "mean of each diagonal", "distance", "cosine")
+print("strongest lines at distances", sorted(lines.tolist()))
+assert set(lines.tolist()) == {103, 113, 399, 409} <= explained
 
 # %%
 try:
@@ -137,10 +159,39 @@ axes = curves(range(4), norms, "the stream grows from block to block", "block",
 axes.set_xticks(range(4));
 
 # %% [markdown]
-# ## 4 · Attention by hand, one head
+# ## 4 · Attention by hand
 #
-# Block 1 is local. Its head 0 in a few lines: every token asks with a **query** q, is found by a **key** k and, where found, hands over a **value** v.
-# The **scores** q · k say who listens to whom; the mask forbids; softmax makes **weights** that sum to 1; the weights mix the values.
+# First so small that you can do it on paper: four tokens, D = 2, a window of 2. Every token asks with a **query** q, is found by a **key** k and, where found, hands over a **value** v.
+# The **scores** q · k say how much each token listens to each other one. The mask forbids later tokens and those outside the window. Softmax makes **weights** that sum to 1, and the
+# weights mix the values. Take log 3 for 1.0986: then each row of weights is made of quarters, halves and wholes.
+
+# %%
+q = torch.tensor([[1., 0], [0, 1], [1, 0], [0, 1]])                # (T, D): what each token asks
+k = torch.tensor([[0., 0], [0, 1], [1, 0], [1, 1]]) * math.log(3)  # (T, D): how it is found
+v = torch.tensor([[4., 0], [0, 4], [8, 0], [0, 8]])                # (T, D): what it hands over
+scores = q @ k.T
+print("scores / log 3", (scores / math.log(3)).round().int().tolist())
+
+# %%
+weights = scores.masked_fill(~visible(4, 4, 2), -math.inf).softmax(-1)
+print("weights", weights.round(decimals=2), sep="\n")
+print("weights @ v", (weights @ v).round(decimals=2), sep="\n")
+quarters = torch.tensor([[4., 0, 0, 0], [1, 3, 0, 0], [0, 1, 3, 0], [0, 0, 1, 3]]) / 4
+torch.testing.assert_close(weights, quarters)              # e⁰ : e^log 3 is 1 : 3
+
+# %% [markdown]
+# Now the module itself. `neo.Attention` has three matrices for q, k and v, without a bias, and one, `out_proj`, with a bias, that mixes what the heads have found. Its `forward` is printed
+# below. `attention(...)` in it is what you have just done, for all heads at once; its definition is `naive` in `attention.py`, which the second cell prints without its comments.
+
+# %%
+print(inspect.getsource(neo.Attention.forward))
+
+# %%
+lines = inspect.getsource(naive).split('"""')[2].splitlines()
+print(*[line for line in lines if line.strip() and not line.strip().startswith("#")], sep="\n")
+
+# %% [markdown]
+# Block 1 is local. Its head 0 in a few lines:
 
 # %%
 stream = model(ids, output_hidden_states=True).hidden_states       # into blocks 0 to 3; the end
@@ -158,6 +209,21 @@ print("scores", tuple(scores.shape), " weights", tuple(weights.shape), " y", tup
 torch.testing.assert_close(weights, model(ids, output_attentions=True).attentions[1][0, 0])
 print("token", T - 1, "reads", int((weights[-1] > 0).sum()), "tokens;",
       "its weights sum to", round(weights[-1].sum().item(), 6))
+
+# %% [markdown]
+# The other three heads do the same with their own 64 of the 256 numbers. What they find is put side by side again, (T, 256), and `out_proj` mixes it. With that the block's
+# attention is complete: the last line compares with the module's own output, to the bit.
+
+# %%
+q, k, v = (proj(h).view(1, T, 4, 64).transpose(1, 2)               # (B, H, T, D) each
+           for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+scores = (q @ k.transpose(-2, -1)).masked_fill(~visible(T, T, 64), torch.finfo(q.dtype).min)
+heads = scores.softmax(-1) @ v                                     # (B, H, T, D)
+together = heads.transpose(1, 2).contiguous().view(1, T, 256)      # (B, T, C): side by side
+assert attn.q_proj.bias is None and attn.out_proj.bias is not None
+assert torch.equal(attn.out_proj(together), attn(h)[0])
+print("heads", tuple(heads.shape), " together", tuple(together.shape),
+      " equal to the module, to the bit")
 
 # %% [markdown]
 # ## 5 · No 1/√D
@@ -218,23 +284,40 @@ if found := official("EleutherAI/gpt-neo-125m"):           # the left picture, o
                "gpt-neo-125m, scores of layer 2", "score")
 
 # %% [markdown]
-# An entropy of n bits is a choice among 2ⁿ equal candidates. Divided by √D, every layer's entropy is all but that of listening to every token alike:
-# the heads have gone blind.
+# An entropy of n bits is a choice among 2ⁿ equal candidates. Divided by √D, every layer's entropy is within 0.05 bits of listening to every token alike.
 #
 # **A deliberate mistake:** add the division, as anyone would who writes attention from memory (scaling q by 1/8 is the same thing), and see what it costs on
-# this text. **Predict** first: is the model ruined, or is it a matter of per cent? The cell also repairs it.
-#
-# The cell after it is about rounding. Scores that are not divided are larger, and larger numbers round more coarsely. That is why GPT-Neo casts q and k up
-# to float32 before it multiplies them (`upcast`), even where the model itself is bfloat16; GPT-NeoX, with its scores divided, does not.
+# this text. The loss alone does not say whether that is much, so it needs a yardstick: the loss of the same model without any attention.
+# **Predict** first: how much of what attention contributes does the division destroy? The cell also repairs the weights.
 
 # %%
-before = model(ids, labels=ids)
+before, losses = model(ids, labels=ids), {}
 for name, factor in {"as trained": 1, "with 1/√D": 1 / 8, "repaired": 8}.items():
     for block in blocks:
         block.attn.q_proj.weight.mul_(factor)
-    loss = model(ids, labels=ids).loss
-    print(f"{name:10}   loss {loss:.3f}   {loss / before.loss - 1:+.1%}")
+    losses[name] = model(ids, labels=ids).loss.item()
+    print(f"{name:10}   loss {losses[name]:.3f}   {losses[name] / before.loss - 1:+.1%}")
 assert torch.equal(model(ids).logits, before.logits)       # 8 = 2³: nothing was rounded
+
+# %%
+def nothing(module, inputs, out):
+    return torch.zeros_like(out[0]), None
+
+hooks = [block.attn.register_forward_hook(nothing) for block in blocks]
+without = model(ids, labels=ids).loss.item()               # no token sees another
+for hook in hooks:
+    hook.remove()
+lost = (losses["with 1/√D"] - losses["as trained"]) / (without - losses["as trained"])
+print(f"without attention   loss {without:.3f};  1/√D destroys {lost:.0%}",
+      "of what attention contributes")
+assert 0.6 < lost < 0.7
+
+# %% [markdown]
+# A loss that rises by 4 % looks harmless, but it is two thirds of the way to a model whose tokens do not see each other at all. Such a fault is easily overlooked: the
+# text still looks like Shakespeare.
+#
+# The next cell is about rounding. Scores that are not divided are larger, and larger numbers round more coarsely. That is why GPT-Neo casts q and k up
+# to float32 before it multiplies them (`upcast`), even where the model itself is bfloat16; GPT-NeoX, with its scores divided, does not.
 
 # %%
 for layer, block in enumerate(blocks):
