@@ -47,6 +47,7 @@ import torch
 from benchmarks import accuracy, backends, generation, gpu, growth, in_jax, kernels, training, twenty
 from benchmarks.common import ROOT, in_fresh_process, in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
+from files import Parser
 from neo import GPTNeoForCausalLM
 
 
@@ -132,7 +133,7 @@ ALL = ("ceilings", "prefill", "decode", "batch", "memory", "train", "load", "fir
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = Parser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("what", choices=[*COMMANDS, "all"])

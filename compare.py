@@ -36,7 +36,6 @@ left out.  Without input_ids the file is taken to answer the ids of `--seed`.
     B  batch · T  tokens · C  width · V  vocabulary · L  layers
 """
 
-import argparse
 import json
 import math
 import sys
@@ -63,7 +62,7 @@ from diagnose import (
     trace,
     window_of,
 )
-from files import error_line, plain, replace_closed_stderr
+from files import Parser, error_line, plain, replace_closed_stderr
 from load_weights import (
     NAMES,
     AutoModelForCausalLM,
@@ -521,7 +520,7 @@ def lengths(text):
 
 def arguments(argv=None):
     """The options, parsed and checked; if they are wrong, the program ends with status 2."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Compare every layer of a checkpoint with transformers' eager attention, or "
                     "with what a port saved. Exit status: 0 the same, 1 different, 2 bad input.")
     add = parser.add_argument

@@ -7,7 +7,6 @@ IN is a folder or a hub id, in the hub's formats or in an original one (original
 dtype and every bit.  OUT gets all of its files or none.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 import neo
 import neox
-from files import fetch, plain, replace_closed_stderr, write_files
+from files import Parser, fetch, plain, replace_closed_stderr, write_files
 from load_weights import (
     NAMES,
     WEIGHT_FILES,
@@ -192,7 +191,7 @@ def convert(name_or_folder, out, parts=None, revision=None):
 # ------------------------------------------------------------------------------------------------
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description="Write a checkpoint in the official format (config.json and "
+    parser = Parser(description="Write a checkpoint in the official format (config.json and "
                                      "model.safetensors), or in GPT-NeoX's own.")
     parser.add_argument("checkpoint", metavar="IN",
                         help="a folder or a hub id, in any format that is read here")

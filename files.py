@@ -4,8 +4,10 @@
     read_json      the object in a JSON file
     write_files    write several files that belong together: all of them, or none
     shown, plain   a value or a name from a file, made printable for an error message
+    Parser         the options of a command line
 """
 
+import argparse
 import contextlib
 import errno
 import glob
@@ -46,6 +48,13 @@ def shown(value, limit=80):
         return plain(repr(value), limit)
     except (ValueError, RecursionError):                   # Python writes no integer of 5,000 digits
         return f"a {type(value).__name__} too long to show"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors of at most 300 characters: it repeats the value, which may have 5,000 digits."""
+
+    def error(self, message):
+        super().error(plain(message, 250))
 
 
 def error_line(error):

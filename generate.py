@@ -10,7 +10,6 @@ Of several processes each has a share of the model (parallel.py); process 0 prin
 This file is the command line; the loop that generates is in sampling.py.
 """
 
-import argparse
 import codecs
 import contextlib
 import functools
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from attention import choose_backend
-from files import replace_closed_stderr
+from files import Parser, replace_closed_stderr
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from processes import (
     SharedError,
@@ -52,7 +51,7 @@ GENERATION = (*SETTINGS, "seed", "num_samples", "stop", "compile", "interactive"
 
 def arguments(argv=None):
     """The options, parsed and checked; if they are wrong, the program ends with status 2."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Continue a prompt with GPT-Neo, GPT-NeoX, Pythia or TinyStories, or evaluate "
                     "a text. The text goes to standard output, everything else to standard error.")
     add_generation_options(parser.add_argument)

@@ -11,7 +11,6 @@ The page is one file without a network: look.html, with the numbers of this text
     T tokens · L layers · H heads · C width · V vocabulary · W window of a local layer
 """
 
-import argparse
 import base64
 import html
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from files import error_line, plain, shown, write_files
+from files import Parser, error_line, plain, shown, write_files
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from mistakes import planted, variants
 from tokenizer import token_bytes
@@ -177,7 +176,7 @@ def patches_of(model, mistake):
 # ------------------------------------------------------------------------------------------------
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write a page that shows what happens inside a model for one text.")
     add = parser.add_argument
     add("text", help="the text to look at, at most 512 tokens")

@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from files import error_line, read_json, replace_closed_stderr
+from files import error_line, plain, read_json, replace_closed_stderr
 from processes import (
     SharedError,
     error_text,
@@ -74,7 +74,7 @@ RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "a
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Bad options raise a ValueError, so that `main` reports them once and in one line."""
-        raise ValueError(message)
+        raise ValueError(plain(message, 250))
 
 
 def parser():

@@ -735,3 +735,12 @@ def test_ctrl_c_while_generating(neox_folder):
     rest, err = process.communicate(timeout=30)
     assert process.returncode == 130 and b"Traceback" not in err, err
     assert (text + rest).startswith(b"hi") and len(text + rest) > 10
+
+
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--seed", "--num-samples", "--no-such-option", "--temperature"])
+def test_an_option_of_thousands_of_characters(option, capsys):
+    """argparse would repeat all of them."""
+    with pytest.raises(SystemExit) as caught:
+        generate.main(["hi", f"{option}={'9' * 5000}x"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert caught.value.code == 2 and option in line and len(line) <= 300
