@@ -276,6 +276,15 @@ STEPS = (
 )
 
 
+def nothing_left(settings, error):
+    """The error for scores from which torch cannot draw: it names the settings that forbid tokens."""
+    names = [name for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+                               "no_repeat_ngram_size", "min_length", "min_new_tokens")
+             if getattr(settings, name)]
+    why = f"{' and '.join(names)} forbid all of them" if names else "the model's scores are no numbers"
+    return ValueError(f"there is no token to draw: {why} ({error_line(error)})")
+
+
 def choose(scores, settings, generator=None, text=None):
     """One token for each row.  scores (B, V) float32 -> ids (B,)
 
@@ -286,12 +295,6 @@ def choose(scores, settings, generator=None, text=None):
         scores = step(scores, value, text)
     if not settings.do_sample:
         return scores.argmax(-1)
-    if scores.device.type == "cpu" and not scores.amax(-1).isfinite().all():
-        forbid = [name for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
-                                    "no_repeat_ngram_size", "min_length", "min_new_tokens")
-                  if getattr(settings, name)]
-        raise ValueError("there is no token to draw: " + (
-            f"{' and '.join(forbid)} forbid all of them" if forbid else "the model's scores are not numbers"))
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -396,7 +399,10 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
         scores = decoder.scores(new)                                       # (B, V)
         if real_vocab is not None:
             scores[:, real_vocab:] = float("-inf")
-        token = choose(scores, settings, generator, text)                  # (B,)
+        try:
+            token = choose(scores, settings, generator, text)              # (B,)
+        except RuntimeError as error:
+            raise nothing_left(settings, error) from None
         token = text.append(token)
         yield token
         if text.length >= total or text.done.all():
