@@ -57,7 +57,7 @@ SEEDS = [pytest.param(s, marks=[] if s in QUICK else slow) for s in range(100)]
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_logits_and_hidden_states(seed):
-    """With and without padding, of texts longer than two windows; the bound is the issue's own, 1e-5."""
+    """With and without padding, of texts longer than two windows; the bound is 1e-5."""
     case, model, mine = both(seed)
     mask, positions = padding(case)
     for inputs in ((), (mask, positions)):
