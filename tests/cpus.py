@@ -67,7 +67,8 @@ def run(setting):
         print("   without SkylakeX: this processor has no AVX-512", flush=True)
         if not setting:
             return 0, "not run: this processor has no AVX-512"
-    environment = {**os.environ, **dict(part.split("=") for part in setting.split())}
+    # Threads that wait must sleep: by default they spin, and two workers would keep each other from working.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **dict(part.split("=") for part in setting.split())}
     used = in_use(environment)
     same = used.split()[-1] == in_use(os.environ).split()[-1]
     print(f"   {used} ({'the same bits as' if same else 'other bits than'} without the setting)", flush=True)
