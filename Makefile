@@ -4,7 +4,7 @@
 # make port       the port in C is built, answers the test vectors, and is judged
 # make test       the quick whole of the tests
 # make test-all   everything, the long grids too
-# make test-diagnosis  every mistake, pair and seed of the diagnosis of ports, an hour and more
+# make test-diagnosis  every mistake, pair and seed of the diagnosis of ports, most of an hour
 # make test-cpus  what a processor can change, as if on other processors
 # make notebooks  every notebook run anew from its source
 #

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from files import Parser, error_line, plain, shown, write_files
+from files import Parser, error_line, plain, replace_closed_stderr, shown, write_files
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from mistakes import planted, variants
 from tokenizer import token_bytes
@@ -188,7 +188,8 @@ def arguments(argv):
 
 
 def main(argv=None):
-    """Exit status: 0, or 2 with one line on what is wrong."""
+    """Exit status: 0, 2 with one line on what is wrong, 130 when interrupted."""
+    replace_closed_stderr()
     args = arguments(argv)
     try:
         args.text.encode()                                 # bytes that are not UTF-8 came as surrogates
@@ -197,6 +198,9 @@ def main(argv=None):
             raise ValueError(f"--out must name a file, not {plain(args.out)}")
         page = look(args.text, args.model, other=args.other, mistake=args.mistake)
         write_files(out.parent, {out.name: page.encode()})
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     except UnicodeEncodeError:
         print("look.py: error: the text is not UTF-8", file=sys.stderr)
         return 2

@@ -71,14 +71,14 @@ RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "a
 # The command's options
 # ------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
+class RaisingParser(argparse.ArgumentParser):
     def error(self, message):
         """Bad options raise a ValueError, so that `main` reports them once and in one line."""
         raise ValueError(plain(message, 250))
 
 
 def parser():
-    p = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
+    p = RaisingParser(prog="train.py", description=__doc__.split("\n\n")[0])
     p.add_argument("--task", choices=list(FILES), default="lm",
                    help="learn the next token (lm, the default) or the label of a text (classify)")
     p.add_argument("--text", nargs="+", metavar="FILE", help="for lm: UTF-8 text files to train on")

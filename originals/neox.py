@@ -389,12 +389,8 @@ def neox_config(folder, unpickle):
     head = "embed_out.weight" in hub
     if settings.get("no_weight_tying") is True and not head:
         raise missing(folder, None if None in files else layers + AFTER["head"], 0)
-    for key, value in {"num_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
-                       "model_parallel_size": ranks, "no_weight_tying": head}.items():
-        given = settings.get(key, False if key == "no_weight_tying" else None)
-        if given not in (None, value):
-            warnings.warn(f"{path}: {key} is {shown(given)}; the weights say {value}, which is taken",
-                          stacklevel=2)
+    warn_of_others(settings, path, {"num_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
+                                    "model_parallel_size": ranks, "no_weight_tying": head})
     rotary = hub.get("0.attention.rotary_emb.inv_freq")
 
     def number(key, default=None):
@@ -410,6 +406,15 @@ def neox_config(folder, unpickle):
             "initializer_range": float(number("init_method_std", 0.02)),
             "attention_bias": "0.attention.dense.bias" in hub,
             "tie_word_embeddings": not head, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def warn_of_others(settings, path, shapes):
+    """Warn of each setting that is not what the shapes of the weights say: {key: value}."""
+    for key, value in shapes.items():
+        given = settings.get(key, False if key == "no_weight_tying" else None)
+        if given not in (None, value):
+            warnings.warn(f"{path}: {key} is {shown(given)}; the weights say {value}, which is taken",
+                          stacklevel=3)
 
 
 def setting(settings, path, key, default):

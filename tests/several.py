@@ -1,5 +1,6 @@
 """Functions run in several connected processes, as torchrun would start them."""
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -23,6 +24,12 @@ def environment(i, N, port):
                 MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
 
 
+@functools.cache
+def messages():
+    """A folder that goes when the tests end."""
+    return tempfile.TemporaryDirectory(prefix="several-")
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -31,7 +38,7 @@ def free_port():
 
 def start(function, N, *args, connect=True):
     """N processes that call function(*args); what they print goes to FOLDER/out and FOLDER/err."""
-    folder, port = tempfile.mkdtemp(prefix="several-"), free_port()
+    folder, port = tempfile.mkdtemp(dir=messages().name), free_port()
     FORKS.set_forkserver_preload(["test_parallel"])        # imported once, not in each process
     with pytest.MonkeyPatch.context() as patch:            # the server that forks finds these files
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
