@@ -400,7 +400,8 @@ def load(X, strides, batch, head, first, ok, D: tl.constexpr, D_PAD: tl.constexp
 def store(X, strides, batch, head, first, ok, value, D: tl.constexpr, D_PAD: tl.constexpr):
     """Write the rows that `load` reads, rounded to X's dtype."""
     at = rows_of(X, strides, batch, head, first, ok.shape[0], D_PAD)
-    tl.store(at, value.to(X.dtype.element_ty), mask=ok[:, None] & (tl.arange(0, D_PAD) < D)[None, :])
+    tl.store(at, value.to(X.dtype.element_ty),
+             mask=ok[:, None] & (tl.arange(0, D_PAD) < D)[None, :])
 
 
 @jit
@@ -426,8 +427,8 @@ def forward_kernel(Q, K, V, KEY_MASK, O, M, L, q_strides, k_strides, v_strides, 
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     o = tl.zeros((ROWS, D_PAD), tl.float32)
-    begin = tl.maximum(S - T + first - window + 1, 0)                      # my first query's first key
-    end = tl.minimum(S - T + first + ROWS, S)                              # my last query's own key, + 1
+    begin = tl.maximum(S - T + first - window + 1, 0)         # my first query's first key
+    end = tl.minimum(S - T + first + ROWS, S)                 # my last query's own key, + 1
     for start in range(begin, end, COLS):
         j = start + tl.arange(0, COLS)
         key_ok = readable(KEY_MASK, batch, j, end, S)
@@ -439,16 +440,16 @@ def forward_kernel(Q, K, V, KEY_MASK, O, M, L, q_strides, k_strides, v_strides, 
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale         # (ROWS, COLS), no tf32
         s = tl.where(seen, s, float("-inf"))
         risen = tl.maximum(m, tl.max(s, 1))
-        top = tl.where(risen == float("-inf"), 0.0, risen)                 # nothing seen yet: no inf - inf
+        top = tl.where(risen == float("-inf"), 0.0, risen)    # nothing seen yet: no inf - inf
         p = tl.exp(s - top[:, None]).to(v.dtype)
         fade = tl.exp(m - top)
-        l = l * fade + tl.sum(p.to(tl.float32), 1)                         # of the p that v will meet
+        l = l * fade + tl.sum(p.to(tl.float32), 1)            # of the p that v will meet
         o = o * fade[:, None] + tl.dot(p, v, input_precision="ieee")
         m = risen
 
-    l = tl.where(l == 0.0, 1.0, l)                                         # a row that reads nothing: o = 0
+    l = tl.where(l == 0.0, 1.0, l)                            # a row that reads nothing: o = 0
     store(O, o_strides, batch, head, first, row < T, o / l[:, None], D, D_PAD)
-    line = tl.program_id(0).to(tl.int64) * T + row                         # rows of M and L lie densely
+    line = tl.program_id(0).to(tl.int64) * T + row            # rows of M and L lie densely
     tl.store(M + line, tl.where(m == float("-inf"), 0.0, m), mask=row < T)
     tl.store(L + line, l, mask=row < T)
 
@@ -514,8 +515,8 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
 
     dk = tl.zeros((ROWS, D_PAD), tl.float32)
     dv = tl.zeros((ROWS, D_PAD), tl.float32)
-    begin = tl.maximum(first - (S - T), 0) // COLS * COLS                  # where my first key's own query is
-    end = tl.minimum(first + ROWS - 1 + window - (S - T), T)               # the last key's last query, + 1
+    begin = tl.maximum(first - (S - T), 0) // COLS * COLS     # where my first key's own query is
+    end = tl.minimum(first + ROWS - 1 + window - (S - T), T)  # the last key's last query, + 1
     for start in range(begin, end, COLS):
         row = start + tl.arange(0, COLS)
         q = load(Q, q_strides, batch, head, start, row < T, D, D_PAD)      # (COLS, D_PAD)
@@ -696,7 +697,7 @@ def flash(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
             raise ValueError("this flash-attn ignores window_size (its Triton backend does), so it "
                              "cannot run local layers; use 'sdpa' or 'triton'")
         how["window_size"] = (window - 1, 0)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # flash-attn's order (B, T, H, D)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))          # flash-attn's order (B, T, H, D)
     if key_mask is None:
         return flash_attn.flash_attn_func(q, k, v, **how).transpose(1, 2)
 

@@ -32,7 +32,8 @@ from quantize import QuantizedLinear, kind_of
 @in_slices(2**18, on="cpu")
 def gelu_new(x):
     """The tanh form of GELU, in the order of operations of transformers' NewGELUActivation."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+    c = math.sqrt(2.0 / math.pi)
+    return 0.5 * x * (1.0 + torch.tanh(c * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
 def gelu_fast(x):
@@ -125,13 +126,14 @@ def check_labels(labels, logits):
     B, T, V = logits.shape
     if labels.shape != (B, T):
         raise ValueError(f"labels must have the shape of the logits' tokens {(B, T)}, "
-                         f"got {tuple(labels.shape)} (labels and logits_to_keep exclude each other)")
+                         f"got {tuple(labels.shape)} (labels and logits_to_keep "
+                         "exclude each other)")
     if labels.is_floating_point():
         raise ValueError(f"labels must be token ids, int64 or int32, got {labels.dtype}")
     low, high = value_range(labels.where(labels != -100, 0), (0, 0))
     if low < 0 or high >= V:
-        raise ValueError(f"labels range from {low} to {high}; they must be token ids from 0 to {V - 1}, "
-                         "or -100 where a token is not to be scored")
+        raise ValueError(f"labels range from {low} to {high}; they must be token ids from 0 to "
+                         f"{V - 1}, or -100 where a token is not to be scored")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,8 +169,8 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     else:
         B, T, C = inputs_embeds.shape if inputs_embeds.dim() == 3 else (0, 0, 0)
         if C != config.hidden_size:
-            raise ValueError(f"inputs_embeds must have shape (batch, tokens, {config.hidden_size}), "
-                             f"got {tuple(inputs_embeds.shape)}")
+            raise ValueError("inputs_embeds must have shape (batch, tokens, "
+                             f"{config.hidden_size}), got {tuple(inputs_embeds.shape)}")
     if B == 0 or T == 0:
         raise ValueError(f"the input is empty: shape {(B, T)}; give at least one token")
     if limit is not None and past + T > limit:
@@ -179,8 +181,8 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     if input_ids is not None:
         low, high = value_range(input_ids, (0, 0))
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"input_ids range from {low} to {high}; this model's vocabulary has ids "
-                             f"0 to {vocab_size - 1}")
+            raise ValueError(f"input_ids range from {low} to {high}; this model's vocabulary has "
+                             f"ids 0 to {vocab_size - 1}")
     if position_ids is not None and limit is not None:
         low, high = value_range(position_ids, (0, 0))
         if low < 0 or high >= limit:
@@ -196,7 +198,8 @@ def check_ids(input_ids):
                          f"{type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2:
         raise ValueError("input_ids must be int64 or int32 (.long() makes them so) of shape "
-                         f"(batch, tokens), got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
+                         f"(batch, tokens), got {input_ids.dtype} of shape "
+                         f"{tuple(input_ids.shape)}")
 
 
 def key_mask_of(attention_mask, B, S):
@@ -232,8 +235,8 @@ def as_usual(forward):
         for name in [name for name in kwargs if name in IN_CALL]:
             value = kwargs.pop(name)
             if not any(value is usual for usual in IN_CALL[name]):
-                raise ValueError(f"{name}={shown(value, 40)} is not supported in the call of a model: "
-                                 + INSTEAD.get(name, "leave it out"))
+                raise ValueError(f"{name}={shown(value, 40)} is not supported in the call of a "
+                                 "model: " + INSTEAD.get(name, "leave it out"))
         out = forward(self, *args, **kwargs)
         return out if return_dict in (None, True) else out.to_tuple()
     return called
@@ -249,7 +252,7 @@ class GenerationConfig(dict):
     As in transformers each setting is also an attribute, None where it is not set:
     model.generation_config.pad_token_id = 0.
     """
-    file = "generation_config.json"                        # where they were read: for error messages
+    file = "generation_config.json"                       # where they were read: for error messages
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -263,24 +266,24 @@ class GenerationConfig(dict):
         return GenerationConfig(copy.deepcopy(dict(self), memo))
 
     def __reduce__(self):
-        """Pickle as an OrderedDict, which torch.load accepts with weights_only=True, its default."""
+        """Pickle as an OrderedDict, which torch.load with weights_only=True accepts."""
         return OrderedDict, (), None, None, iter(self.items())
 
 
 class PreTrainedModel(nn.Module):
     """A model with a config and an attention backend, which can be loaded and saved."""
 
-    head = None                                            # name of a task head's linear layer
-    shares = 1                                             # processes that share its weights: parallel.py
+    head = None                                      # name of a task head's linear layer
+    shares = 1                                       # processes that share its weights: parallel.py
 
     def __init__(self, config, attn_implementation="auto"):
         super().__init__()
         self.config = config
-        self.reference_arithmetic = None                   # see `exact`
-        self.gradient_checkpointing = None                 # a dict of options switches it on
+        self.reference_arithmetic = None             # see `exact`
+        self.gradient_checkpointing = None           # a dict of options switches it on
         self.generation_config = GenerationConfig()
         self.attn_implementation = attn_implementation
-        choose_backend(attn_implementation)                # an unknown name fails here, not later
+        choose_backend(attn_implementation)          # an unknown name fails here, not later
 
     @classmethod
     def from_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None,
@@ -294,16 +297,17 @@ class PreTrainedModel(nn.Module):
         cache_dir, local_files_only, token and use_safetensors have the same meaning here; its other
         arguments are accepted at their usual values (load_weights.LOADING) and refused otherwise.
 
-        Returns the model in eval mode.  A task head that the checkpoint does not have is initialized
-        randomly, with a warning that names its weights.  Raises OSError for files that are missing
-        or cannot be downloaded, ValueError for files that are broken or belong to another model.
+        Returns the model in eval mode.  A task head that the checkpoint does not have is
+        initialized randomly, with a warning that names its weights.  Raises OSError for files that
+        are missing or cannot be downloaded, ValueError for files that are broken or belong to
+        another model.
         """
         return load_pretrained(cls, name_or_folder, revision=revision, torch_dtype=torch_dtype,
                                dtype=dtype, device=device, attn_implementation=attn_implementation,
                                weights=weights, changes=changes)
 
     def save_pretrained(self, folder, **usual):
-        """Write config.json, generation_config.json and model.safetensors, which transformers reads.
+        """Write config.json, generation_config.json and model.safetensors for transformers.
 
         The integers of a quantized model go into another file, which only this project reads.
         usual: the reference's other arguments at their usual values (load_weights.SAVING).
@@ -361,7 +365,7 @@ class PreTrainedModel(nn.Module):
         if not hasattr(logits_to_keep, "__index__"):
             raise ValueError("logits_to_keep must be a whole number or a tensor of indices, got "
                              f"{shown(logits_to_keep)}")
-        return x[:, -logits_to_keep:]                      # -0: all
+        return x[:, -logits_to_keep:]                # -0: all
 
     @property
     def base_model(self):
@@ -407,8 +411,9 @@ class PreTrainedModel(nn.Module):
             raise ValueError(f"the vocabulary must have at least 1 token, got {size}")
         embed, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(head, QuantizedLinear):
-            raise ValueError("the output head is quantized, so it cannot get other rows: resize the "
-                             "model that was loaded without weights=, save it, and quantize that")
+            raise ValueError("the output head is quantized, so it cannot get other rows: resize "
+                             "the model that was loaded without weights=, save it, "
+                             "and quantize that")
         tied = head is not None and head.weight is embed.weight
         resize_rows(embed, "weight", size)
         embed.num_embeddings = size
@@ -441,7 +446,8 @@ class PreTrainedModel(nn.Module):
 
     def num_parameters(self):
         """Number of parameters, before quantization; a tied head is not counted again."""
-        quantized = sum(layer.in_features * layer.out_features for name, layer in self.named_modules()
+        quantized = sum(layer.in_features * layer.out_features
+                        for name, layer in self.named_modules()
                         if isinstance(layer, QuantizedLinear)
                         and not (name == "lm_head" and self.config.tie_word_embeddings))
         return quantized + sum(p.numel() for p in self.parameters())

@@ -44,7 +44,8 @@ MISSING = stand_ins.install() if "gpu" in sys.argv else []          # before any
 
 import torch
 
-from benchmarks import accuracy, backends, generation, gpu, growth, in_jax, kernels, training, twenty
+from benchmarks import (accuracy, backends, generation, gpu, growth, in_jax, kernels, training,
+                        twenty)
 from benchmarks.common import ROOT, in_fresh_process, in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
 from files import Parser

@@ -36,7 +36,8 @@ def frozen(cls):
         if not any(type(value) is type(one) and value == one for one in usual):
             raise dataclasses.FrozenInstanceError(
                 f"config field {name!r} cannot be set to {shown(value)} after loading: give it to "
-                f"from_pretrained(..., {name}=...), or make another config with dataclasses.replace")
+                f"from_pretrained(..., {name}=...), or make another config with "
+                "dataclasses.replace")
     cls.__setattr__ = set_field
     return cls
 
@@ -105,7 +106,8 @@ def refuse(field, value, supported):
 
 
 # Fields that transformers obeys in every config, although neither family uses them: pruning, caches
-# shared among layers (cache_utils.py), cross-attention.  A checkpoint that sets one is another model.
+# shared among layers (cache_utils.py), cross-attention.  With one of them set it is another
+# model.
 ABSENT = ("pruned_heads", "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
 
 # Fields that change what transformers' forward pass does or returns, with the values at which they
@@ -116,8 +118,8 @@ USUAL = {"is_causal": (True,), "use_cache": (True, False), "is_decoder": (True, 
          "_attn_implementation": (None, "eager", "sdpa", "flash_attention_2"),
          # other masks (masking_utils.py), settings of single layers, models of several parts: for
          # these even 0 or an empty list has a meaning, or is an error
-         **dict.fromkeys(["sliding_window", "attention_chunk_size", "layer_types", "per_layer_config",
-                          "text_config", "experts_implementation"], (None,)),
+         **dict.fromkeys(["sliding_window", "attention_chunk_size", "layer_types",
+                          "per_layer_config", "text_config", "experts_implementation"], (None,)),
          # attributes of transformers' own config classes, which a file must not replace
          **dict.fromkeys(["attribute_map", "sub_configs"], ())}
 
@@ -258,8 +260,8 @@ class GPTNeoXRules(Config):
             value = rope.get(newer, raw.get(field, default))
             if raw.get(newer) not in (None, value):
                 raise ValueError(f"config field {newer!r} is {shown(raw[newer])}, which "
-                                 f"transformers ignores in a gpt_neox config; it uses {shown(value)}: "
-                                 f"set {field!r}")
+                                 "transformers ignores in a gpt_neox config; it uses "
+                                 f"{shown(value)}: set {field!r}")
             raw[field] = value
         if raw.get("head_dim") not in (None, head_width(raw)):
             refuse("head_dim", raw["head_dim"], "hidden_size / num_attention_heads")

@@ -1,10 +1,10 @@
-"""Any checkpoint that can be loaded here -> the official format, or GPT-NeoX's own in a number of parts.
+"""Any checkpoint that can be loaded here -> the official format, or GPT-NeoX's own, in parts.
 
     python convert.py IN OUT              config.json and model.safetensors, as on the hub
-    python convert.py IN OUT --parts 2    layer_LL-model_RR-model_states.pt, to go on training in GPT-NeoX
+    python convert.py IN OUT --parts 2    layer_LL-model_RR-model_states.pt, to train on in GPT-NeoX
 
-IN is a folder or a hub id, in the hub's formats or in an original one (originals/).  Weights keep their
-dtype and every bit.  OUT gets all of its files or none.
+IN is a folder or a hub id, in the hub's formats or in an original one (originals/).  Weights keep
+their dtype and every bit.  OUT gets all of its files or none.
 """
 
 import functools
@@ -37,10 +37,13 @@ from load_weights import (
 from originals.neox import LAYER_FILE, RANK_FILE, neox_yml, split_neox
 
 # What lies beside the weights and goes along, under the hub's name.
-BESIDE = {"generation_config.json": "generation_config.json", "20B_tokenizer.json": "tokenizer.json",
-          **{name: name for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                                     "added_tokens.json", "vocab.json", "merges.txt")}}
-SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+BESIDE = {"generation_config.json": "generation_config.json",
+          "20B_tokenizer.json": "tokenizer.json",
+          **{name: name
+             for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                          "added_tokens.json", "vocab.json", "merges.txt")}}
+SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+               torch.float64: "F64"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -52,7 +55,8 @@ class Source:
 
     def __init__(self, name_or_folder, revision=None):
         raw = read_config(name_or_folder, revision)
-        self.cls = {"gpt_neo": neo.GPTNeoForCausalLM, "gpt_neox": neox.GPTNeoXForCausalLM}[raw["model_type"]]
+        self.cls = {"gpt_neo": neo.GPTNeoForCausalLM,
+                    "gpt_neox": neox.GPTNeoXForCausalLM}[raw["model_type"]]
         self.config = self.cls.config_class.from_dict(raw)
         self.table, self.name = NAMES[raw["model_type"]], name_or_folder
         self.paths = weight_files(name_or_folder, revision)
@@ -76,10 +80,11 @@ class Source:
                     yield ours, theirs, tensor
 
     def checked(self):
-        """{our name: (dtype, shape)}; ValueError where they are not the model's, told as in loading."""
+        """{our name: (dtype, shape)}; ValueError as in loading, where they are not the model's."""
         sizes, problems, tied = {}, [], {}
         for ours, theirs, tensor in self.tensors():
-            if self.config.tie_word_embeddings and ours in ("transformer.embed.weight", "lm_head.weight"):
+            if self.config.tie_word_embeddings and ours in ("transformer.embed.weight",
+                                                            "lm_head.weight"):
                 tied[ours] = tensor
             if ours == "lm_head.weight" and ours not in self.wanted:
                 continue                                   # the embedding once more
@@ -95,7 +100,8 @@ class Source:
 
     def official(self):
         """Yield (the hub's name, tensor), with a progress bar."""
-        for ours, _, tensor in tqdm(self.tensors(), total=len(self.sizes), unit=" tensors", disable=None):
+        for ours, _, tensor in tqdm(self.tensors(), total=len(self.sizes), unit=" tensors",
+                                    disable=None):
             if ours in self.wanted:
                 yield next(iter(official_names({ours: None}, self.table))), tensor
 
@@ -135,9 +141,10 @@ def official_files(source):
 
 
 def neox_files(source, parts):
-    """The files of GPT-NeoX's format for write_files; the weights are in memory or mapped from disk."""
+    """The files of GPT-NeoX's format for write_files; weights may be mapped from disk."""
     if source.cls is not neox.GPTNeoXForCausalLM:
-        raise ValueError("--parts is for GPT-NeoX: GPT-Neo was trained by other code, without such files")
+        raise ValueError("--parts is for GPT-NeoX: GPT-Neo was trained by other code, "
+                         "without such files")
     config = source.config
     files = {name: functools.partial(write_part, make)
              for name, make in split_neox(dict(source.official()), config, parts).items()}
@@ -161,15 +168,16 @@ def write_part(make, path):
 def config_bytes(source, vocab_size):
     """config.json as save_pretrained writes it; its torch_dtype is that of the first weight."""
     dtype = next(iter(source.sizes.values()))[0]
-    config = {"architectures": [source.cls.__name__], **source.config.to_dict(), "vocab_size": vocab_size,
-              "torch_dtype": str(dtype).removeprefix("torch.")}
+    config = {"architectures": [source.cls.__name__], **source.config.to_dict(),
+              "vocab_size": vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def check_empty(out, files):
-    """Raise ValueError where other weights lie in the folder, which would be read in place of the new ones."""
+    """Raise ValueError where the folder has other weights, which would be read first."""
     for path in sorted(out.iterdir()) if out.is_dir() else ():
-        weights = (path.name in WEIGHT_FILES or path.suffix in (".safetensors", ".bin", ".msgpack", ".index")
+        weights = (path.name in WEIGHT_FILES
+                   or path.suffix in (".safetensors", ".bin", ".msgpack", ".index")
                    or LAYER_FILE.fullmatch(path.name) or RANK_FILE.fullmatch(path.name))
         if weights and path.name not in files:
             raise ValueError(f"{out} holds other weights ({plain(path.name)}): give a new folder")
@@ -197,7 +205,8 @@ def arguments(argv):
                         help="a folder or a hub id, in any format that is read here")
     parser.add_argument("out", metavar="OUT", help="the folder to write to")
     parser.add_argument("--parts", type=int, metavar="N",
-                        help="write GPT-NeoX's layer files in N tensor-parallel parts (GPT-NeoX alone)")
+                        help="write GPT-NeoX's layer files in N tensor-parallel parts "
+                             "(GPT-NeoX alone)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     return parser.parse_args(argv)
 

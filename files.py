@@ -37,7 +37,8 @@ def plain(text, limit=80):
     text = str(text)
     if len(text) > limit:
         text = text[:limit - 1] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
+                   for c in text)
 
 
 def shown(value, limit=80):
@@ -46,12 +47,12 @@ def shown(value, limit=80):
         value = value[:limit]
     try:
         return plain(repr(value), limit)
-    except (ValueError, RecursionError):                   # Python writes no integer of 5,000 digits
+    except (ValueError, RecursionError):                  # Python writes no integer of 5,000 digits
         return f"a {type(value).__name__} too long to show"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of at most 300 characters: it repeats the value, which may have 5,000 digits."""
+    """argparse's, with errors of at most 300 characters, however long the value is."""
 
     def error(self, message):
         super().error(plain(message, 250))
@@ -78,7 +79,8 @@ LARGEST = 2**26                    # bytes; GPT-NeoX-20B's tokenizer.json has a 
 def read_small(path):
     """The bytes of a file that is no weight file; ValueError where they are too many for one."""
     if (size := os.path.getsize(path)) > LARGEST:
-        raise ValueError(f"{plain(path, 1000)} is not the file of a checkpoint: it has {size} bytes")
+        raise ValueError(f"{plain(path, 1000)} is not the file of a checkpoint: it "
+                         f"has {size} bytes")
     return Path(path).read_bytes()
 
 
@@ -91,10 +93,11 @@ def read_json(path, unique=False):
     try:
         content = json.loads(data.decode(),
                              object_pairs_hook=without_repeats if unique else None)
-    except (ValueError, RecursionError) as error:          # UnicodeDecodeError and JSONDecodeError too
+    except (ValueError, RecursionError) as error:       # UnicodeDecodeError and JSONDecodeError too
         raise ValueError(f"{plain(path, 1000)} is not valid JSON: {error_line(error)}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{plain(path, 1000)} must hold a JSON object, not a {type(content).__name__}")
+        raise ValueError(f"{plain(path, 1000)} must hold a JSON object, not a "
+                         f"{type(content).__name__}")
     return content
 
 
@@ -125,10 +128,12 @@ def fetch(name_or_folder, filename, revision=None, required=True, *, cache_dir=N
         if (folder / filename).is_file():
             return folder / filename
         if any(folder.glob(f".{glob.escape(filename)}.*.old")):
-            raise FileNotFoundError(f"no {filename} in {folder}: a save into it was stopped half-way; save "
-                                    "again, or rename the files .NAME.*.old there back to NAME")
+            raise FileNotFoundError(f"no {filename} in {folder}: a save into it was stopped "
+                                    "half-way; save again, or rename the files .NAME.*.old there "
+                                    "back to NAME")
         if required:
-            raise FileNotFoundError(f"no {plain(filename)} in {folder}: is it the folder of a checkpoint?")
+            raise FileNotFoundError(f"no {plain(filename)} in {folder}: is it the folder "
+                                    "of a checkpoint?")
         return None
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file: give the folder of a checkpoint")
@@ -165,7 +170,8 @@ def fetch_from_hub(repo, filename, revision, required, how):
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         problem = f"no folder {repo} here and no model {repo} on the hub: check the spelling"
     except errors.RevisionNotFoundError:
-        problem = f"{repo} has no revision {revision!r} on the hub (Pythia's are step0 ... step143000)"
+        problem = (f"{repo} has no revision {revision!r} on the hub "
+                   "(Pythia's are step0 ... step143000)")
     except errors.LocalEntryNotFoundError as error:        # before EntryNotFoundError, its parent
         if not required:
             return None
@@ -189,12 +195,14 @@ def offline_problem(repo, filename, how, error):
 
 def download_problem(where, filename, error):
     """The message for a download that failed: what failed, and what to do about it."""
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
-                                                      errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
-        return (f"{filename} of {where} cannot be stored in the hub's cache ({error_line(error)}): free some "
-                "space or mend its permissions, or set HF_HOME (or cache_dir) to a folder that can be written")
-    return (f"downloading {filename} of {where} failed ({type(error).__name__}: {error_line(error)}); run the "
-            "same command again, files that are whole are kept")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS,
+                                                      errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
+                                                      errno.EEXIST):
+        return (f"{filename} of {where} cannot be stored in the hub's cache ({error_line(error)}): "
+                "free some space or mend its permissions, or set HF_HOME (or cache_dir) to a "
+                "folder that can be written")
+    return (f"downloading {filename} of {where} failed ({type(error).__name__}: "
+            f"{error_line(error)}); run the same command again, files that are whole are kept")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,10 +215,10 @@ def write_files(folder, files):
     files: {name: bytes, or a function that writes the file at the path it is given}.  The last one
     must be a file without which no program reads the folder, such as config.json.
 
-    Each file is first written in the folder under a temporary name, and renamed when all of them are
-    complete; so the folder may be the one that the weights are mapped from.  Temporary files that
-    killed processes have left are removed.  A second save into the same folder waits for the first.
-    Raises OSError as the file system does.
+    Each file is first written in the folder under a temporary name, and renamed when all of them
+    are complete; so the folder may be the one that the weights are mapped from.  Temporary files
+    that killed processes have left are removed.  A second save into the same folder waits for the
+    first.  Raises OSError as the file system does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +283,8 @@ def temporary(folder, name, kind):
 def remove_leftovers(folder, names):
     """Remove the temporary files of saves that were killed.  Call it while holding the lock."""
     for name in names:
-        ours = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.(part|old)|{re.escape(name)}\.\d+\.part")
+        ours = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.(part|old)"
+                          rf"|{re.escape(name)}\.\d+\.part")
         for path in folder.iterdir():
             if ours.fullmatch(path.name) and not path.is_dir():
                 path.unlink(missing_ok=True)

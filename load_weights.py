@@ -81,7 +81,7 @@ HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json",
                 "flax_model.msgpack", "flax_model.msgpack.index.json")
-FLAX_FIRST = (*WEIGHT_FILES[-2:], *WEIGHT_FILES[:-2])      # the order in which the Flax classes look
+FLAX_FIRST = (*WEIGHT_FILES[-2:], *WEIGHT_FILES[:-2])     # the order in which the Flax classes look
 
 
 # ------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def translate(name, rules):
     Returns None for a name to ignore; raises KeyError if no rule fits.
     """
     stem, _, part = name.rpartition(".")
-    if part in quantize.PARTS:                             # the three that a quantized matrix is made of
+    if part in quantize.PARTS:                        # the three that a quantized matrix is made of
         other = translate(f"{stem}.weight", rules)
         return other and other.removesuffix("weight") + part
     layer = re.search(r"\.(\d+)\.", name)
@@ -108,8 +108,8 @@ def translate(name, rules):
 
 def our_name(name, table):
     """Our name of a tensor in a checkpoint, or None to ignore it.  KeyError if no rule fits."""
-    base = next(iter(table)).split(".")[0]                 # "transformer" or "gpt_neox"
-    for full in (name, f"{base}.{name}"):                  # base models are saved without the prefix
+    base = next(iter(table)).split(".")[0]                # "transformer" or "gpt_neox"
+    for full in (name, f"{base}.{name}"):                 # base models are saved without the prefix
         with contextlib.suppress(KeyError):
             return translate(full, table)
     raise KeyError(name)
@@ -141,10 +141,12 @@ def read_config(name_or_folder, revision=None, **hub):
 def weight_files(name_or_folder, revision=None, use_safetensors=None, names=WEIGHT_FILES, **hub):
     """Paths of all files that hold weights: safetensors before .bin, one file before shards.
 
-    use_safetensors: True looks for these alone, False for .bin alone.  names: what to look for, in order.
+    use_safetensors: True looks for these alone, False for .bin alone.
+    names: what to look for, in this order.
     """
     looked_for = [name for name in names
-                  if use_safetensors is None or (".safetensors" if use_safetensors else ".bin") in name]
+                  if use_safetensors is None
+                  or (".safetensors" if use_safetensors else ".bin") in name]
     for filename in looked_for:
         path = fetch(name_or_folder, filename, revision, required=False, **hub)
         if path is not None and filename.endswith(".index.json"):
@@ -153,8 +155,11 @@ def weight_files(name_or_folder, revision=None, use_safetensors=None, names=WEIG
             return [path]
     if use_safetensors is None and (paths := original_files(name_or_folder, read_bin)):
         return paths
-    where = "" if Path(name_or_folder).is_dir() else " on the hub (or in its cache, if it is out of reach)"
-    raise FileNotFoundError(f"no weights in {name_or_folder}{where}: looked for {', '.join(looked_for)}")
+    where = ""
+    if not Path(name_or_folder).is_dir():
+        where = " on the hub (or in its cache, if it is out of reach)"
+    raise FileNotFoundError(f"no weights in {name_or_folder}{where}: looked for "
+                            f"{', '.join(looked_for)}")
 
 
 def shards(index, name_or_folder, revision, hub):
@@ -168,11 +173,13 @@ def shards(index, name_or_folder, revision, hub):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise ValueError(f"{index} names a shard outside its folder: {shown(name)}")
         if Path(name).suffix not in (".safetensors", ".bin", ".msgpack"):
-            raise ValueError(f"{index} names a shard that is neither .safetensors nor .bin: {shown(name)}")
+            raise ValueError(f"{index} names a shard that is neither .safetensors nor .bin: "
+                             f"{shown(name)}")
     try:
         return [fetch(name_or_folder, name, revision, **hub) for name in names]
     except OSError as error:                               # a name that is too long is another kind
-        raise FileNotFoundError(f"{index} names a shard that is missing: {error_line(error)}") from None
+        raise FileNotFoundError(f"{index} names a shard that is missing: "
+                                f"{error_line(error)}") from None
 
 
 def read_tensors(path, apart=False):
@@ -201,12 +208,13 @@ def read_tensors(path, apart=False):
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error_line(error)}): "
                          "get it again") from None
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:   # a dtype that torch lacks
-        raise ValueError(f"{path}: tensor {plain(name)} cannot be read ({error_line(error)})") from None
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:  # a dtype that torch lacks
+        raise ValueError(f"{path}: tensor {plain(name)} cannot be read "
+                         f"({error_line(error)})") from None
 
 
-LARGEST_PICKLE = 2**20              # bytes; the list of GPT-NeoX-20B's 660 tensors has an eighth of it
-MOST_STEPS = 300_000                # in a pickle; a tensor takes about 30
+LARGEST_PICKLE = 2**20           # bytes; the list of GPT-NeoX-20B's 660 tensors has an eighth of it
+MOST_STEPS = 300_000             # in a pickle; a tensor takes about 30
 
 
 def read_bin(path, module=False):
@@ -217,17 +225,17 @@ def read_bin(path, module=False):
     and for one that would take much more time or memory than its weights need.
     """
     try:
-        zipped = zipfile.is_zipfile(path)                  # torch < 1.6 wrote no zip: not to be mapped
+        zipped = zipfile.is_zipfile(path)               # torch < 1.6 wrote no zip: not to be mapped
         check_size(path, zipped)
         with torch.serialization.safe_globals(NUMPY_STATE if module else []):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         state = state["module"] if module else state
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} was refused: it holds something other than tensors, which could run "
-                         "code when loaded, or it is damaged") from None
+        raise ValueError(f"{path} was refused: it holds something other than tensors, which could "
+                         "run code when loaded, or it is damaged") from None
     except OversizeError as error:
         raise ValueError(f"{path} was refused: {error}") from None
-    except Exception as error:                             # a broken pickle can raise anything
+    except Exception as error:                          # a broken pickle can raise anything
         raise ValueError(f"{path} is not a whole .bin file ({error_line(error)}): "
                          "get it again") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(t)
@@ -235,7 +243,8 @@ def read_bin(path, module=False):
         raise ValueError(f"{path} must hold a dict of tensors")
     for name, tensor in state.items():
         if problem := oddity(tensor):
-            raise ValueError(f"{path}: tensor {plain(name)} is {problem}; supported are plain tensors")
+            raise ValueError(f"{path}: tensor {plain(name)} is {problem}; supported "
+                             "are plain tensors")
     return {name: tensor.detach().resolve_neg() for name, tensor in state.items()}
 
 
@@ -298,18 +307,20 @@ def oddity(tensor):
 # Loading
 # ------------------------------------------------------------------------------------------------
 
-def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None, device=None,
-                    attn_implementation="auto", weights=None, raw=None, changes=None,
+def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dtype=None,
+                    device=None, attn_implementation="auto", weights=None, raw=None, changes=None,
                     names=WEIGHT_FILES):
     """Load a model of the class `cls`: from_pretrained of every model, see base.PreTrainedModel.
 
     raw: the contents of config.json, if they have been read already.  changes: transformers' other
-    arguments (LOADING) and fields of the config to set.  names: the files of weights to look for, in order.
+    arguments (LOADING) and fields of the config to set.  names: the files of weights to look for,
+    in order.
     """
     changes = dict(changes or {})
     shared = take_sharing(changes)
     hub, use_safetensors, device = loading_options(changes, device)
-    raw = with_changes(read_config(name_or_folder, revision, **hub) if raw is None else raw, changes, cls)
+    raw = with_changes(read_config(name_or_folder, revision, **hub) if raw is None else raw,
+                       changes, cls)
     weights, stored, raw = quantize.what_to_load(raw, weights)
     config = make_config(cls, name_or_folder, raw)
     dtype = choose_dtype(torch_dtype, dtype, raw)
@@ -320,7 +331,8 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
         paths = weight_files(name_or_folder, revision, use_safetensors, names, **hub)
     if shared and stored:
         raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among "
-                         f"processes: take the checkpoint that it was made from, with weights={weights!r}")
+                         "processes: take the checkpoint that it was made from, with "
+                         f"weights={weights!r}")
     if shared:
         check_parts(config)
 
@@ -344,8 +356,8 @@ def take_sharing(changes):
     """
     shared = changes.pop("tp_plan", None)
     if shared not in (None, "auto"):
-        raise ValueError(f"tp_plan={shown(shared)} is not supported: 'auto' shares the model among the "
-                         "processes of torchrun, None does not")
+        raise ValueError(f"tp_plan={shown(shared)} is not supported: 'auto' shares the model among "
+                         "the processes of torchrun, None does not")
     if shared:
         check_connected()
     return shared
@@ -358,28 +370,30 @@ def make_config(cls, name_or_folder, raw):
     """
     family = cls.config_class.model_type
     if raw["model_type"] != family:
-        raise ValueError(f"{name_or_folder} is a {raw['model_type']} checkpoint, {cls.__name__} loads "
-                         f"{family}: use AutoModelForCausalLM to have the class chosen")
+        raise ValueError(f"{name_or_folder} is a {raw['model_type']} checkpoint, {cls.__name__} "
+                         f"loads {family}: use AutoModelForCausalLM to have the class chosen")
     try:
         return cls.config_class.from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{name_or_folder}/config.json: {error}") from None
 
 
-HUB = ("cache_dir", "local_files_only", "token")            # for huggingface_hub; nothing for a folder
+HUB = ("cache_dir", "local_files_only", "token")         # for huggingface_hub; nothing for a folder
 # transformers' other arguments, with the values at which they change nothing here.
 LOADING = {
-    "low_cpu_mem_usage": (None, True, False), "trust_remote_code": (None, False), "subfolder": (None, ""),
-    "force_download": (None, False), "resume_download": (None, True, False), "proxies": (None, {}),
-    "use_auth_token": (None,), "max_memory": (None,), "offload_folder": (None,),
-    "offload_state_dict": (None, False), "offload_buffers": (None, False), "quantization_config": (None,),
-    "load_in_8bit": (None, False), "load_in_4bit": (None, False), "ignore_mismatched_sizes": (None, False),
+    "low_cpu_mem_usage": (None, True, False), "trust_remote_code": (None, False),
+    "subfolder": (None, ""), "force_download": (None, False), "proxies": (None, {}),
+    "resume_download": (None, True, False), "use_auth_token": (None,), "max_memory": (None,),
+    "offload_folder": (None,), "offload_state_dict": (None, False),
+    "offload_buffers": (None, False), "quantization_config": (None,),
+    "load_in_8bit": (None, False), "load_in_4bit": (None, False),
+    "ignore_mismatched_sizes": (None, False),
     "output_loading_info": (None, False), "from_tf": (None, False), "from_flax": (None, False),
     "variant": (None,), "state_dict": (None,), "config": (None,), "adapter_kwargs": (None, {}),
     "tp_size": (None,), "device_mesh": (None,), "use_kernels": (None, False),
     "weights_only": (None, True), "key_mapping": (None, {}), "mirror": (None,),
-    "use_cache": (None, True, False),
-    "return_dict": (None, True), "output_hidden_states": (None, False), "output_attentions": (None, False),
+    "use_cache": (None, True, False), "return_dict": (None, True),
+    "output_hidden_states": (None, False), "output_attentions": (None, False),
     "code_revision": (None, "main"), "gguf_file": (None,), "use_flash_attention_2": (None, False),
     "from_pt": (None, True, False), "_do_init": (None, True),       # of the Flax classes
     "disable_mmap": (None, False), "fusion_config": (None, {}), "kernel_config": (None,),
@@ -392,23 +406,28 @@ SAVING = {                                                 # the same for save_p
 }
 REASONS = {"trust_remote_code": "code of a checkpoint is never run here",
            "load_in_8bit": "weights='int8' quantizes", "load_in_4bit": "weights='int4' quantizes",
-           "quantization_config": "weights='int8' or 'int4' quantizes", "subfolder": "give the folder itself",
-           "max_shard_size": "all weights are written into one model.safetensors, which transformers reads",
+           "quantization_config": "weights='int8' or 'int4' quantizes",
+           "subfolder": "give the folder itself",
+           "max_shard_size": "all weights are written into one model.safetensors, which "
+                             "transformers reads",
            "safe_serialization": "weights are written as safetensors",
-           "output_hidden_states": "ask for them in the call", "output_attentions": "ask for them in the call",
+           "output_hidden_states": "ask for them in the call",
+           "output_attentions": "ask for them in the call",
            "use_flash_attention_2": "attn_implementation='flash' asks for it"}
 
 
 def loading_options(changes, device):
-    """Take the reference's arguments out of `changes`.  -> (those for the hub, use_safetensors, device)
+    """Take the reference's arguments out of `changes` -> (the hub's, use_safetensors, device).
 
     Raises ValueError, with the name, for one that asks for something that is not done here.
     """
     hub = {name: changes.pop(name) for name in HUB if name in changes}
     use_safetensors = changes.pop("use_safetensors", None)
     if use_safetensors not in (None, True, False):
-        raise ValueError(f"use_safetensors must be True, False or None, got {shown(use_safetensors)}")
-    check_usual("from_pretrained", {name: changes.pop(name) for name in LOADING if name in changes}, LOADING)
+        raise ValueError("use_safetensors must be True, False or None, got "
+                         f"{shown(use_safetensors)}")
+    check_usual("from_pretrained",
+                {name: changes.pop(name) for name in LOADING if name in changes}, LOADING)
     mapped = device_of_map(changes.pop("device_map", None))
     if None not in (mapped, device) and torch.device(mapped) != torch.device(device):
         raise ValueError(f"device_map={mapped} and device={device} contradict each other: give one")
@@ -416,7 +435,8 @@ def loading_options(changes, device):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {shown(str(device))} cannot be used here: {error_line(error)}") from None
+        raise ValueError(f"device {shown(str(device))} cannot be used here: "
+                         f"{error_line(error)}") from None
     return hub, use_safetensors, device
 
 
@@ -435,16 +455,16 @@ def device_of_map(device_map):
         device_map = device_map[""]
     if device_map == "auto":
         if torch.cuda.device_count() > 1:
-            raise ValueError("device_map='auto' would split the model over several GPUs, which is not "
-                             "supported: give device='cuda:0'")
+            raise ValueError("device_map='auto' would split the model over several GPUs, which is "
+                             "not supported: give device='cuda:0'")
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device_map is None or isinstance(device_map, torch.device):
         return device_map
     try:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device_map={shown(device_map)} is not supported: give one device, or 'auto' "
-                         "where there is only one") from None
+        raise ValueError(f"device_map={shown(device_map)} is not supported: give one device, or "
+                         "'auto' where there is only one") from None
 
 
 def with_changes(raw, changes, cls):
@@ -491,7 +511,8 @@ def choose_dtype(torch_dtype, dtype, raw):
     """The dtype that either argument names; None for "auto" if the config names none."""
     asked = {parse_dtype(given, raw) for given in (torch_dtype, dtype) if given is not None}
     if len(asked) > 1:
-        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other: give one")
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each "
+                         "other: give one")
     return asked.pop() if asked else torch.float32
 
 
@@ -530,7 +551,8 @@ def read_state(name_or_folder, paths, model, dtype, device, kind=None, stored=Fa
         except ValueError as error:
             problems.append(f"tensor {plain(name)} cannot become integers: {error}")
 
-    for name, tensor in tensors_of(paths, "quantizing" if integers else "loading", bool(integers or shared)):
+    for name, tensor in tensors_of(paths, "quantizing" if integers else "loading",
+                                   bool(integers or shared)):
         if (ours := name_in_model(name, table, wanted, inside)) is None:
             continue
         if problem := misfit(name, tensor, ours, wanted, seen):
@@ -546,16 +568,18 @@ def read_state(name_or_folder, paths, model, dtype, device, kind=None, stored=Fa
         if "lm_head.weight" in integers and "lm_head.weight" in state:
             keep("lm_head.weight", "lm_head.weight", state.pop("lm_head.weight"), True)
     if model.head is not None and not any(name.startswith(model.head) for name in seen):
-        state |= (fresh := fresh_head(model, wanted, dtype or torch.float32, device, name_or_folder))
+        state |= (fresh := fresh_head(model, wanted, dtype or torch.float32, device,
+                                      name_or_folder))
         seen |= set(fresh)
     problems += missing_tensors(wanted, seen, table, inside)
     if problems:
-        raise ValueError(f"the weights in {name_or_folder} do not fit its config.json: {told(problems, table)}")
+        raise ValueError(f"the weights in {name_or_folder} do not fit its config.json: "
+                         f"{told(problems, table)}")
     return state
 
 
 def prepare(model, kind, stored, shared):
-    """Give an empty model the layers that it is loaded with -> (the tensors to read, names to quantize).
+    """Give an empty model its layers for loading -> (the tensors to read, names to quantize).
 
     shared: cut the model to this process's share; of each tensor only that share will be kept.
     kind: replace the linear layers by quantized ones.  Their integers are in the files if `stored`;
@@ -600,7 +624,7 @@ def tensors_of(paths, doing, apart):
 
 
 def as_kept(ours, tensor, dtype, device, kind):
-    """{our name: tensor in the model's dtype}, or the three parts of a matrix of integers (kind)."""
+    """{our name: tensor in the model's dtype}, or the three parts of a quantized matrix."""
     stem, _, part = ours.rpartition(".")
     if kind:
         parts = zip(quantize.PARTS, quantize.quantize(tensor, kind))
@@ -615,12 +639,14 @@ QUANTIZED = {"GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
 
 def told(problems, table):
     """The problems as a text: one line for a common cause, otherwise the first ten and a count."""
-    unexpected = [problem.split()[2] for problem in problems if problem.startswith("unexpected tensor ")]
+    unexpected = [problem.split()[2] for problem in problems
+                  if problem.startswith("unexpected tensor ")]
     for tool, endings in QUANTIZED.items():
         if any(name.endswith(endings) for name in unexpected):
             return f"they were quantized by {tool}, which this project does not read"
     prefix = unexpected[0].split(".")[0] + "." if len(unexpected) > 1 else "?"
-    wrapped = len(unexpected) > 1 and all(n.startswith(prefix) and not known(n, table) for n in unexpected)
+    wrapped = len(unexpected) > 1 and all(n.startswith(prefix) and not known(n, table)
+                                          for n in unexpected)
     if wrapped and any(known(rest, table) for rest in rests(unexpected[0])):
         origin = {"module.": "saved from DataParallel: save model.module instead",
                   "_orig_mod.": "saved from torch.compile: save model._orig_mod instead"}
@@ -657,7 +683,8 @@ def missing_tensors(wanted, seen, table, inside):
 
 def fresh_head(model, wanted, dtype, device, name_or_folder):
     """{name: tensor} of a task head, initialized as by init_weights; a warning says so."""
-    fresh = {name: torch.zeros(p.shape) for name, p in wanted.items() if name.startswith(f"{model.head}.")}
+    fresh = {name: torch.zeros(p.shape) for name, p in wanted.items()
+             if name.startswith(f"{model.head}.")}
     fresh[f"{model.head}.weight"].normal_(std=model.config.initializer_range)
     warnings.warn(f"{', '.join(fresh)}: not in {name_or_folder}, so drawn afresh; train before use",
                   stacklevel=5)
@@ -675,8 +702,10 @@ def misfit(name, tensor, ours, wanted, seen):
         return f"tensor {name} has shape {shape}, expected {tuple(wanted[ours].shape)}"
     if (part := ours.rpartition(".")[2]) in quantize.PARTS:
         right = quantize.PARTS[part]
-        return None if tensor.dtype == right else f"tensor {name} holds {tensor.dtype}, expected {right}"
-    if tensor.dtype not in FLOATS:                         # quantized elsewhere, or a damaged header
+        if tensor.dtype == right:
+            return None
+        return f"tensor {name} holds {tensor.dtype}, expected {right}"
+    if tensor.dtype not in FLOATS:                        # quantized elsewhere, or a damaged header
         return (f"tensor {name} holds {tensor.dtype}, expected floating point: "
                 "float32, float16, bfloat16 or float64")
     return None
@@ -690,8 +719,8 @@ def tie(state):
     state["lm_head.weight"] = embed
     if head is None or torch.equal(head, embed):
         return []
-    return ["the tensor of the head differs from the embedding, but config field 'tie_word_embeddings' "
-            "is true"]
+    return ["the tensor of the head differs from the embedding, but config field "
+            "'tie_word_embeddings' is true"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -699,15 +728,15 @@ def tie(state):
 # ------------------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder):
-    """Write config.json, generation_config.json and model.safetensors into `folder`; for a quantized model
-    quantize.FILE in place of the last, which this project alone reads.
+    """Write config.json, generation_config.json and model.safetensors into `folder`; for a
+    quantized model quantize.FILE in place of the last, which this project alone reads.
 
-    All of them or none (files.write_files), and the folder that the weights are mapped from may be the
-    target.
+    All of them or none (files.write_files), and the folder that the weights are mapped from may be
+    the target.
     """
     if model.shares > 1:
-        raise ValueError(f"this process has only a part of the weights, which {model.shares} processes share: "
-                         "save from a model that is loaded whole")
+        raise ValueError(f"this process has only a part of the weights, which {model.shares} "
+                         "processes share: save from a model that is loaded whole")
     kind, quantized = quantize.kind_of(model), {}
     if kind:
         quantized = {"quantization_config": quantize.description(kind)}
@@ -733,17 +762,19 @@ def settings_files(model, architecture, dtype, **more):
     config = {"architectures": [architecture], **model.config.to_dict(),
               "torch_dtype": str(dtype).removeprefix("torch."), **more}
     generation = model.generation_config or {
-        k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
+        k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if config[k] is not None}
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in (
         ("generation_config.json", generation), ("config.json", config))}
 
 
 def official_state(model):
-    """{checkpoint name: tensor} as transformers writes it: no tied head, no prefix on a base model."""
+    """{checkpoint name: tensor} as in transformers: no tied head, no prefix on a base model."""
     table = NAMES[model.config.model_type]
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if not hasattr(model, "transformer"):
-        named = official_names({f"transformer.{name}": tensor for name, tensor in state.items()}, table)
+        named = official_names({f"transformer.{name}": tensor for name, tensor in state.items()},
+                               table)
         return {name.split(".", 1)[1]: tensor for name, tensor in named.items()}
     if "lm_head.weight" in state and model.config.tie_word_embeddings:
         if tie(state):
@@ -769,11 +800,12 @@ class AutoModelForCausalLM:
         import neox
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         raw = read_config(name_or_folder, kwargs.get("revision"), **hub)
-        module, name = {"gpt_neo": (neo, "GPTNeoFor"), "gpt_neox": (neox, "GPTNeoXFor")}[raw["model_type"]]
+        module, name = {"gpt_neo": (neo, "GPTNeoFor"),
+                        "gpt_neox": (neox, "GPTNeoXFor")}[raw["model_type"]]
         named = ("revision", "torch_dtype", "dtype", "device", "attn_implementation", "weights")
         given = {name: kwargs.pop(name) for name in named if name in kwargs}
-        return load_pretrained(getattr(module, name + cls.kind), name_or_folder, raw=raw, changes=kwargs,
-                               **given)
+        return load_pretrained(getattr(module, name + cls.kind), name_or_folder, raw=raw,
+                               changes=kwargs, **given)
 
 
 class AutoModelForSequenceClassification(AutoModelForCausalLM):
@@ -785,8 +817,8 @@ class AutoModelForSequenceClassification(AutoModelForCausalLM):
 class AutoTokenizer:
     """The tokenizer class that the checkpoint's files name, else that of config.json's model_type.
 
-    As in transformers, tokenizer_class in tokenizer_config.json comes first, then the one in config.json, so
-    that a folder may hold a tokenizer alone.
+    As in transformers, tokenizer_class in tokenizer_config.json comes first, then the one in
+    config.json, so that a folder may hold a tokenizer alone.
     """
 
     @staticmethod
@@ -796,16 +828,18 @@ class AutoTokenizer:
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         path = fetch(name_or_folder, "tokenizer_config.json", revision, required=False, **hub)
         named = read_json(path).get("tokenizer_class") if path else None
-        has_json = fetch(name_or_folder, "tokenizer.json", revision, required=False, **hub) is not None
+        has_json = fetch(name_or_folder, "tokenizer.json", revision, required=False,
+                         **hub) is not None
         config = fetch(name_or_folder, "config.json", revision, required=False, **hub)
         if config is not None:
             read_json(config)                          # one that is broken is refused in any case
         if named is None and has_json and config is None:
-            named = "PreTrainedTokenizerFast"          # tokenizer.json alone says it all, as in transformers
+            named = "PreTrainedTokenizerFast"          # tokenizer.json is enough there too
         if named is None:
             path = fetch(name_or_folder, "config.json", revision, **hub)
             raw = read_config(name_or_folder, revision, **hub)
             named = raw.get("tokenizer_class")
         if named is None:
             named = {"gpt_neo": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer"}[raw["model_type"]]
-        return class_named(named, path, has_json).from_pretrained(name_or_folder, revision=revision, **kwargs)
+        tokenizer_class = class_named(named, path, has_json)
+        return tokenizer_class.from_pretrained(name_or_folder, revision=revision, **kwargs)

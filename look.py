@@ -1,8 +1,8 @@
 """A page to look inside a model: what each token reads, and what each layer would say next.
 
     python look.py "MACBETH. Is this a dagger" --model checkpoints/demo-neo --out page.html
-    python look.py "..." --out page.html --other checkpoints/demo-neox       two models side by side
-    python look.py "..." --out page.html --mistake scaled-scores             the same model with a mistake
+    python look.py "..." --out page.html --other checkpoints/demo-neox    two models side by side
+    python look.py "..." --out page.html --mistake scaled-scores          the model with a mistake
 
     look("MACBETH. Is this a dagger")          in a notebook cell: the page itself
 
@@ -42,11 +42,12 @@ class Page(str):
 def look(text, model=DEMO, *, tokenizer=None, other=None, mistake=None):
     """The page for one text -> Page, a str of HTML.
 
-    model, other: folder, hub id or a loaded causal language model; other is shown beside it.  tokenizer:
-    needed with a loaded model.  mistake: an id of mistakes.py, which a copy of the model beside it makes.
-    Raises ValueError for a text that is empty, longer than MOST_TOKENS or than the model allows, for
-    both other and mistake, for a mistake that does not exist in this family, and for two models that cut
-    the text into different tokens; OSError for a model that cannot be had.
+    model, other: folder, hub id or a loaded causal language model; other is shown beside it.
+    tokenizer: needed with a loaded model.  mistake: an id of mistakes.py, which a copy of the model
+    beside it makes.  Raises ValueError for a text that is empty, longer than MOST_TOKENS or than
+    the model allows, for both other and mistake, for a mistake that does not exist in this family,
+    and for two models that cut the text into different tokens; OSError for a model that cannot be
+    had.
     """
     if other is not None and mistake is not None:
         raise ValueError("other and mistake both name what is shown beside the model: give one")
@@ -59,14 +60,15 @@ def look(text, model=DEMO, *, tokenizer=None, other=None, mistake=None):
     if other is not None:
         second, its, second_name = loaded(other, tokenizer)
         if not torch.equal(token_ids(text, second, its), ids):
-            raise ValueError(f"{name} and {second_name} cut this text into different tokens, so they cannot be "
-                             "shown side by side")
+            raise ValueError(f"{name} and {second_name} cut this text into different tokens, so "
+                             "they cannot be shown side by side")
         sides.append(inside(second, ids, its, second_name))
     tokens = [visible_text(own, id) for id in ids[0].tolist()]
     data = {"tokens": tokens, "ids": ids[0].tolist(), "sides": sides}
     template = (HERE / "look.html").read_text(encoding="utf-8")
     # In a <script> only "</" could end the script early.
-    return Page(template.replace("/*DATA*/null", json.dumps(data, separators=(",", ":")).replace("</", "<\\/")))
+    return Page(template.replace("/*DATA*/null",
+                                 json.dumps(data, separators=(",", ":")).replace("</", "<\\/")))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -77,7 +79,8 @@ def look(text, model=DEMO, *, tokenizer=None, other=None, mistake=None):
 def inside(model, ids, tokenizer, name):
     """Everything that the page shows of one model for ids (1, T)."""
     stream = []                                            # what the final norm is given
-    hook = model.transformer.ln_f.register_forward_pre_hook(lambda norm, inputs: stream.append(inputs[0]))
+    hook = model.transformer.ln_f.register_forward_pre_hook(
+        lambda norm, inputs: stream.append(inputs[0]))
     try:
         out = model(ids, output_hidden_states=True, output_attentions=True)
     finally:
@@ -89,10 +92,13 @@ def inside(model, ids, tokenizer, name):
     # The logit lens: the final norm and the head, applied to what each layer has so far.
     lens = [likeliest(model.lm_head(model.transformer.ln_f(layer)), tokenizer) for layer in x[:-1]]
     return {
-        "name": name, "windows": list(model.config.windows), "heads": model.config.num_attention_heads,
+        "name": name,
+        "windows": list(model.config.windows),
+        "heads": model.config.num_attention_heads,
         "attention": [packed(weights[0]) for weights in out.attentions],
         "causal": [is_causal(weights[0]) for weights in out.attentions],
-        "norms": [[round(v, 3) for v in row] for row in x.float().norm(dim=-1).tolist()],      # (L + 1, T)
+        "norms": [[round(v, 3) for v in row]                               # (L + 1, T)
+                  for row in x.float().norm(dim=-1).tolist()],
         "lens": [*lens, likeliest(out.logits[0], tokenizer)],              # (L + 1, T, 6 pairs)
     }
 
@@ -105,13 +111,14 @@ def is_causal(weights):
 def packed(weights):
     """Attention weights (H, T, T) as text: a byte for each query and key, row by row.
 
-    Keys after their query are left out if nothing reads them.  A byte is 255 times the root of the weight,
-    so that small weights keep their digits: a weight w is off by at most sqrt(w) / 255.
+    Keys after their query are left out if nothing reads them.  A byte is 255 times the root of the
+    weight, so that small weights keep their digits: a weight w is off by at most sqrt(w) / 255.
     """
     shown = torch.ones(weights.shape[1:], dtype=torch.bool, device=weights.device)
     if is_causal(weights):
         shown = shown.tril()
-    values = weights.float()[:, shown].clamp(0, 1).sqrt().mul(255).round().to(torch.uint8)     # (H, T(T+1)/2)
+    values = weights.float()[:, shown].clamp(0, 1).sqrt().mul(255)         # (H, T (T + 1) / 2)
+    values = values.round().to(torch.uint8)
     return base64.b64encode(values.cpu().numpy().tobytes()).decode()
 
 
@@ -125,10 +132,10 @@ def likeliest(logits, tokenizer):
 
 
 def visible_text(tokenizer, id):
-    """A token as a reader sees it: its text or, where it is only a part of a character, its bytes."""
+    """A token as a reader sees it: its text, or the bytes where it is a part of a character."""
     token = tokenizer.convert_ids_to_tokens([id])[0]
     if token is None:
-        return f"<{id}>"                                   # a row that only rounds up the vocabulary
+        return f"<{id}>"                                  # a row that only rounds up the vocabulary
     raw = token_bytes(token)
     try:
         return raw.decode()
@@ -145,9 +152,11 @@ def loaded(model, tokenizer):
     if isinstance(model, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
         name = os.path.basename(os.path.normpath(model))
-        return AutoModelForCausalLM.from_pretrained(model, attn_implementation="naive"), tokenizer, name
+        model = AutoModelForCausalLM.from_pretrained(model, attn_implementation="naive")
+        return model, tokenizer, name
     if tokenizer is None:
-        raise ValueError("a loaded model needs its tokenizer too: look(text, model, tokenizer=tokenizer)")
+        raise ValueError("a loaded model needs its tokenizer too: look(text, model, "
+                         "tokenizer=tokenizer)")
     return model, tokenizer, model.config.model_type
 
 
@@ -180,9 +189,12 @@ def arguments(argv):
         description="Write a page that shows what happens inside a model for one text.")
     add = parser.add_argument
     add("text", help="the text to look at, at most 512 tokens")
-    add("--model", default=DEMO, metavar="NAME", help="folder or hub id (default: the bundled demo-neo)")
-    add("--other", metavar="NAME", help="a second model, shown beside the first, with the differences coloured")
-    add("--mistake", metavar="ID", help="beside the model itself show it with this mistake of mistakes.py")
+    add("--model", default=DEMO, metavar="NAME",
+        help="folder or hub id (default: the bundled demo-neo)")
+    add("--other", metavar="NAME",
+        help="a second model, shown beside the first, with the differences coloured")
+    add("--mistake", metavar="ID",
+        help="beside the model itself show it with this mistake of mistakes.py")
     add("--out", required=True, metavar="FILE.html", help="the page to write")
     return parser.parse_args(argv)
 
@@ -192,7 +204,7 @@ def main(argv=None):
     replace_closed_stderr()
     args = arguments(argv)
     try:
-        args.text.encode()                                 # bytes that are not UTF-8 came as surrogates
+        args.text.encode()                             # bytes that are not UTF-8 came as surrogates
         out = Path(args.out)
         if not out.name or out.is_dir():
             raise ValueError(f"--out must name a file, not {plain(args.out)}")

@@ -3,12 +3,13 @@
     B batch · T new tokens · S tokens in view · C width · H heads · D width of a head · V vocabulary
     R slots of a ring, the cache of one layer
 
-The same parts in the same order as neo.py, with the same names of weights: `diff neo.py neo_jax.py` shows
-the same model in another library.  What changes (weights, cache, random key) is an argument and a result.
-jax.jit compiles a function for each shape, without errors for values: they are checked before, on the host.
-The numbers are neo.py's, up to rounding.  transformers' own Flax classes (the last are in 4.57.6) multiply
-scores by sqrt(D) and divide again, form them in the model's dtype, keep the weights in the dtype of the
-file, and fill what generate returns with padding up to max_length.
+The same parts in the same order as neo.py, with the same names of weights: `diff neo.py neo_jax.py`
+shows the same model in another library.  What changes (weights, cache, random key) is an argument
+and a result.  jax.jit compiles a function for each shape, without errors for values: they are
+checked before, on the host.  The numbers are neo.py's, up to rounding.  transformers' own Flax
+classes (the last are in 4.57.6) multiply scores by sqrt(D) and divide again, form them in the
+model's dtype, keep the weights in the dtype of the file, and fill what generate returns with
+padding up to max_length.
 """
 
 import functools
@@ -27,8 +28,8 @@ from neo import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel  # noqa: F401  (the
 from quantize import kind_of
 from sampling import Settings, check_prompt, infer_mask
 
-GenerateOutput = namedtuple("GenerateOutput", "sequences")          # (B * num_return_sequences, total)
-einsum = functools.partial(jnp.einsum, precision="highest")         # a GPU would round float32
+GenerateOutput = namedtuple("GenerateOutput", "sequences")       # (B * num_return_sequences, total)
+einsum = functools.partial(jnp.einsum, precision="highest")      # a GPU would round float32
 ACTIVATIONS = {"gelu": functools.partial(jax.nn.gelu, approximate=False),
                **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), jax.nn.gelu)}
 
@@ -52,7 +53,7 @@ def layer_norm(p, x, config):
 
 
 def held(last, R):
-    """Positions (R,) in a ring whose newest is `last`: i stands in slot i % R; negative is still empty."""
+    """Positions (R,) in a ring whose newest is `last`: i stands in slot i % R; negative: empty."""
     return last - (last - jnp.arange(R)) % R
 
 
@@ -76,8 +77,8 @@ def attention(p, x, config, window, i, key_mask, ring=None):
     back = i[:, None] - j                                               # (T, S)
     visible = (0 <= j) & (0 <= back) & (back < (window or key_mask.shape[1]))
     visible = visible & (key_mask[:, None, None, jnp.maximum(j, 0)] != 0)    # (B, 1, T, S)
-    # No scale: the model was trained without 1/sqrt(D), see neo.py.  Rows and heads are one axis, as
-    # XLA multiplies them: it would copy a cache of another shape for every token.
+    # No scale: the model was trained without 1/sqrt(D), see neo.py.  Rows and heads are one axis,
+    # as XLA multiplies them: it would copy a cache of another shape for every token.
     scores = einsum("ntd,nsd->nts", wide(q), wide(k)).reshape(B, H, T, -1)
     scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores).astype(v.dtype)
@@ -102,7 +103,7 @@ def block(p, x, config, *how):
 
 
 def gpt_neo_model(p, config, input_ids, key_mask, position_ids, i=None, rings=None):
-    """Token ids (B, T) to an output with everything in it, and each layer's keys and values; see attention."""
+    """Token ids (B, T) to an output with everything in it, and each layer's keys and values."""
     i = jnp.arange(input_ids.shape[1]) if i is None else i
     x = p["embed"]["weight"][input_ids] + p["pos_embed"]["weight"][position_ids]    # (B, T, C)
     hidden_states, attentions, kvs = [], [], []
@@ -118,11 +119,12 @@ def gpt_neo_model(p, config, input_ids, key_mask, position_ids, i=None, rings=No
 
 
 def gpt_neo_for_causal_lm(p, config, *inputs, row=None):
-    """The same to next-token logits (B, T, V), or those of one row, by the embedding matrix used once more."""
+    """The same to next-token logits (B, T, V), or those of one row, by the embedding matrix."""
     out, kvs = gpt_neo_model(p["transformer"], config, *inputs)
     x, out.last_hidden_state = out.last_hidden_state, None
     x = x if row is None else lax.dynamic_slice_in_dim(x, row, 1, axis=1)
-    out.logits = linear(p["transformer"]["embed"] if config.tie_word_embeddings else p["lm_head"], x)
+    out.logits = linear(p["transformer"]["embed"] if config.tie_word_embeddings else p["lm_head"],
+                        x)
     return out, kvs
 
 
@@ -134,7 +136,8 @@ def keep_top_p(scores, p):
     """-inf outside the smallest set of tokens that holds probability p, as in sampling.py."""
     order = scores.argsort(-1)
     drop = jax.nn.softmax(jnp.take_along_axis(scores, order, -1)).cumsum(-1) <= 1 - p
-    return forbid(scores, jnp.put_along_axis(drop, order, drop.at[:, -1].set(False), -1, inplace=False))
+    return forbid(scores,
+                  jnp.put_along_axis(drop, order, drop.at[:, -1].set(False), -1, inplace=False))
 
 
 def penalize(scores, penalty, ids, written):
@@ -146,7 +149,7 @@ def penalize(scores, penalty, ids, written):
 
 def choose(scores, how, key, ids, n, prompt, first):
     """One token for each row, from scores (B, V); of ids (B, S) those from first (B, 1) to n count.
-    how: pairs of a setting and its value in sampling.STEPS's order, do_sample, ends of text, padding."""
+    how: pairs of a setting and its value in sampling.STEPS's order, do_sample, eos, padding."""
     V, at, (steps, do_sample, eos, _) = scores.shape[1], jnp.arange(ids.shape[1]), how
     is_in = lambda some: jnp.isin(jnp.arange(V), jnp.array(some, int))
     functions = {
@@ -166,7 +169,7 @@ def choose(scores, how, key, ids, n, prompt, first):
 
 def generate(p, ids, mask, positions, prompt, total, key, *, config, how, width):
     """Write on ids (B, S), which hold `prompt` tokens, up to `total` or until all rows have ended.
-    mask (B, S) is 1 after the prompt, which is filled up to `width`.  Returns ids and how many count."""
+    mask (B, S) is 1 after the prompt, which is filled up to `width`.  -> (ids, how many count)"""
     S, first = ids.shape[1], mask.argmax(1)[:, None]
 
     def append(scores, rings, ids, n, position, done, key):
@@ -182,7 +185,8 @@ def generate(p, ids, mask, positions, prompt, total, key, *, config, how, width)
         out, rings = gpt_neo_for_causal_lm(p, config, last, mask, position, n[None] - 1, rings)
         return append(out.logits[:, -1], rings, *state[1:])
 
-    out, kvs = gpt_neo_for_causal_lm(p, config, *(x[:, :width] for x in (ids, mask, positions)), row=prompt - 1)
+    out, kvs = gpt_neo_for_causal_lm(p, config, *(x[:, :width] for x in (ids, mask, positions)),
+                                     row=prompt - 1)
     rings = [tuple(x[:, jnp.maximum(held(prompt - 1, min(window or S, S)), 0)] for x in kv)
              for kv, window in zip(kvs, config.windows)]
     position = lax.dynamic_slice_in_dim(positions, prompt - 1, 1, axis=1)
@@ -199,19 +203,20 @@ def on_host(name, x):
         array = None if x is None else torch.from_numpy(np.array(x))
         if name == "attention_mask" or x is None or array.dtype in (torch.int32, torch.int64):
             return array
-    except (TypeError, ValueError):                                     # texts, rows of unequal length
+    except (TypeError, ValueError):                                  # texts, rows of unequal length
         pass
-    raise ValueError(f"{name} must be an array of int32 or int64 of shape (batch, tokens), got {shown(x)}")
+    raise ValueError(f"{name} must be an array of int32 or int64 of shape (batch, tokens), "
+                     f"got {shown(x)}")
 
 
 def filled(x, length):
-    """x (B, T) as int32, with ones up to a multiple of 64, which no token sees: 64 lengths share a program."""
+    """x (B, T) as int32, with unseen ones up to a multiple of 64: 64 lengths share a program."""
     x = jnp.asarray(x).astype(jnp.int32)
     return jnp.pad(x, ((0, 0), (0, -(-length // 64) * 64 - x.shape[1])), constant_values=1)
 
 
 def tree_of(model):
-    """The weights of neo.py's model, {"embed": {"weight": array}, "blocks": {"0": ...}}, a tied head once."""
+    """neo.py's weights, {"embed": {"weight": array}, "blocks": {"0": ...}}; a tied head once."""
     if model.dtype == torch.float64 and not jax.config.jax_enable_x64:
         raise ValueError("dtype float64 needs jax.config.update('jax_enable_x64', True) first")
     root = {}
@@ -224,21 +229,25 @@ def tree_of(model):
 
 
 class FlaxGPTNeoModel:
-    """Token ids to hidden states: a config, the tree `params`, and the functions above, compiled."""
+    """Token ids to hidden states: a config, the tree `params`, the functions above, compiled."""
 
     function, torch_class = staticmethod(gpt_neo_model), GPTNeoModel
 
     def __init__(self, config, input_shape=(1, 1), seed=0, dtype="float32", params=None):
-        """Without params they are what neo.py draws after torch.manual_seed(seed), whatever input_shape."""
+        """Without params they are what neo.py draws after torch.manual_seed(seed)."""
         self.config, self.generation_config, self.params = config, GenerationConfig(), params
         if params is None:
             with torch.random.fork_rng([]):
                 torch.manual_seed(seed)
                 self.params = tree_of(self.torch_class(config).to(choose_dtype(dtype, None, {})))
         self.dtype = jax.tree.leaves(self.params)[0].dtype
-        self.run = jax.jit(lambda p, *x, keep: {name: y for name, y in self.function(p, config, *x)[0].items()
-                                                if name in keep}, static_argnames="keep")
-        self.write = jax.jit(functools.partial(generate, config=config), static_argnames=["how", "width"])
+        def run(p, *x, keep):
+            out, _ = self.function(p, config, *x)
+            return {name: y for name, y in out.items() if name in keep}
+
+        self.run = jax.jit(run, static_argnames="keep")
+        self.write = jax.jit(functools.partial(generate, config=config),
+                             static_argnames=["how", "width"])
 
     @classmethod
     def from_pretrained(cls, name_or_folder, *, revision=None, dtype="float32", **changes):
@@ -246,31 +255,36 @@ class FlaxGPTNeoModel:
         model = load_pretrained(cls.torch_class, name_or_folder, revision=revision, dtype=dtype,
                                 changes=changes, names=FLAX_FIRST)
         if changes.get("tp_plan") or kind_of(model):
-            raise ValueError(f"{name_or_folder}: quantized and shared weights are not supported in neo_jax.py")
+            raise ValueError(f"{name_or_folder}: quantized and shared weights are not "
+                             "supported in neo_jax.py")
         self = cls(model.config, params=tree_of(model))
         self.generation_config = model.generation_config
         return self
 
     def save_pretrained(self, folder, params=None):
-        """Write flax_model.msgpack and config.json, which transformers 4's Flax classes read too."""
+        """Write flax_model.msgpack and config.json, as transformers 4's Flax classes do."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(params or self.params)
-        save_flax(self, {jax.tree_util.keystr(path, simple=True, separator="."): torch.from_dlpack(x)
-                         for path, x in leaves}, folder)
+        save_flax(self,
+                  {jax.tree_util.keystr(path, simple=True, separator="."): torch.from_dlpack(x)
+                   for path, x in leaves}, folder)
 
     def __call__(self, input_ids, attention_mask=None, position_ids=None, params=None, train=False,
                  output_hidden_states=False, output_attentions=False, return_dict=True):
-        """neo.py's forward, with its errors, for arrays of any library.  params: other weights to take.
-        Inside jax.jit the values of the inputs are not checked."""
+        """neo.py's forward, with its errors, for arrays of any library.  params: other weights to
+        take.  Inside jax.jit the values of the inputs are not checked."""
         if train or return_dict is False:
-            raise ValueError("train=True (dropout) and return_dict=False are not supported in neo_jax.py")
-        B, T = check_inputs(on_host("input_ids", input_ids), on_host("position_ids", position_ids), self.config)
+            raise ValueError("train=True (dropout) and return_dict=False are not "
+                             "supported in neo_jax.py")
+        B, T = check_inputs(on_host("input_ids", input_ids), on_host("position_ids", position_ids),
+                            self.config)
         key_mask_of(on_host("attention_mask", attention_mask), B, T)
         mask = jnp.ones((B, T)) if attention_mask is None else jnp.asarray(attention_mask) != 0
         positions = jnp.arange(T)[None] if position_ids is None else position_ids
         asked = output_hidden_states and "hidden_states", output_attentions and "attentions"
         out = self.run(params or self.params, *(filled(x, T) for x in (input_ids, mask, positions)),
                        keep=("logits", "last_hidden_state", *asked))
-        return ModelOutput(**jax.tree.map(lambda x: x[:, :T] if x.ndim == 3 else x[:, :, :T, :T], out))
+        return ModelOutput(**jax.tree.map(lambda x: x[:, :T] if x.ndim == 3 else x[:, :, :T, :T],
+                                          out))
 
 
 class FlaxGPTNeoForCausalLM(FlaxGPTNeoModel):
@@ -280,15 +294,18 @@ class FlaxGPTNeoForCausalLM(FlaxGPTNeoModel):
 
     def generate(self, input_ids=None, attention_mask=None, *, prng_key=None, params=None,
                  generation_config=None, **settings):
-        """neo.py's generate, in one compiled program.  The same prng_key, by default jax.random.key(0), draws
-        the same text.  Returns an object with `sequences`, prompt and continuation."""
+        """neo.py's generate, in one compiled program.  The same prng_key, by default
+        jax.random.key(0), draws the same text.  Returns an object with `sequences`, prompt and
+        continuation."""
         settings = Settings.of(self, settings, generation_config)
         ids, mask = on_host("input_ids", input_ids), on_host("attention_mask", attention_mask)
         check_prompt(self, ids, mask, settings)
         for name in ("no_repeat_ngram_size", "bad_words_ids", "stop_strings"):
             if getattr(settings, name):
-                raise ValueError(f"{name} is not supported in neo_jax.py: leave it out, or use neo.py")
-        steps = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x, _ in settings.steps)
+                raise ValueError(f"{name} is not supported in neo_jax.py: leave it "
+                                 "out, or use neo.py")
+        steps = tuple((name, tuple(x) if isinstance(x, list) else x)
+                      for name, x, _ in settings.steps)
         T, total = ids.shape[1], settings.total_length(ids.shape[1], self.config)
         mask = infer_mask(ids, mask, settings)
         inputs = (filled(x.repeat_interleave(settings.num_return_sequences, 0).numpy(), total)

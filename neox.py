@@ -22,7 +22,8 @@ import torch
 import torch.nn as nn
 
 from attention import attention, choose_backend
-from base import ACTIVATIONS, ModelOutput, PreTrainedModel, as_usual, check_inputs, key_mask_of, next_token_loss
+from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, as_usual, check_inputs, key_mask_of,
+                  next_token_loss)
 from configs import GPTNeoXRules, frozen
 from sampling import generate
 from task_heads import ForQuestionAnswering, ForSequenceClassification, ForTokenClassification

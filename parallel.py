@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 generate.py --model EleutherAI/gpt-neox-20b "Hello"
 
-    model = GPTNeoXForCausalLM.from_pretrained(name, tp_plan="auto")    # reads only this process's share
-    model = parallelize(GPTNeoXForCausalLM.from_pretrained(name))       # cuts a model that is loaded whole
+    model = GPTNeoXForCausalLM.from_pretrained(name, tp_plan="auto")    # reads its share alone
+    model = parallelize(GPTNeoXForCausalLM.from_pretrained(name))       # cuts a whole model
 
-    B batch · T new tokens · C width · H heads · D width of a head, C / H · V vocabulary · N processes
+    B batch · T new tokens · C width · H heads · D width of a head · V vocabulary · N processes
 
 Two matrices stand around every nonlinear step: q, k, v around the heads, up_proj around the
 activation.  Both steps treat their inputs apart, head by head or number by number.  So each process
@@ -39,12 +39,12 @@ COLUMNS = ("out_proj", "down_proj")
 
 
 def parallelize(model):
-    """Cut a model to this process's share, in place, and let it add up with the others' -> the model.
+    """Cut a model to this process's share, in place, and let the shares add up -> the model.
 
-    The processes must be connected (torch.distributed.init_process_group), and each must call the model
-    with the same ids at the same time; ids that differ raise RuntimeError in all of them.  Logits
-    (B, T, V) and hidden states are whole in every process.  Raises RuntimeError where no processes
-    are connected, ValueError for a model that cannot be cut into so many parts.
+    The processes must be connected (torch.distributed.init_process_group), and each must call the
+    model with the same ids at the same time; ids that differ raise RuntimeError in all of them.
+    Logits (B, T, V) and hidden states are whole in every process.  Raises RuntimeError where no
+    processes are connected, ValueError for a model that cannot be cut into so many parts.
     """
     check_connected()
     if model.shares > 1:
@@ -61,7 +61,7 @@ def parallelize(model):
 
 
 def cut(model):
-    """Let a model have this process's share of every weight, which need not be there yet (the meta device)."""
+    """Let a model have this process's share of every weight, also on the meta device."""
     for name, old in list(model.named_parameters()):
         layer, attribute = name.rpartition(".")[::2]
         layer = model.get_submodule(layer)
@@ -77,12 +77,12 @@ def cut(model):
 def check_connected():
     """Raise RuntimeError where this process knows of no others."""
     if not dist.is_initialized():
-        raise RuntimeError("a model is shared among processes, and none are connected: start Python by "
-                           "torchrun and call torch.distributed.init_process_group")
+        raise RuntimeError("a model is shared among processes, and none are connected: start "
+                           "Python by torchrun and call torch.distributed.init_process_group")
 
 
 def check_parts(config):
-    """Raise ValueError where heads, inner width or vocabulary do not divide by the number of processes."""
+    """Raise ValueError where heads, inner width or vocabulary do not divide by the processes."""
     N = dist.get_world_size()
     sizes = {"attention heads": config.num_attention_heads,
              "numbers of the MLP's inner width": config.intermediate_size}
@@ -90,8 +90,8 @@ def check_parts(config):
         sizes["rows of the output head (the vocabulary)"] = config.vocab_size
     for what, size in sizes.items():
         if size % N:
-            raise ValueError(f"a model of {size} {what} cannot be shared among {N} processes: {size} must be a "
-                             f"multiple of their number")
+            raise ValueError(f"a model of {size} {what} cannot be shared among {N} processes: "
+                             f"{size} must be a multiple of their number")
 
 
 def piece(name, tensor, config):
@@ -99,11 +99,11 @@ def piece(name, tensor, config):
     layer, kind = name.split(".")[-2:]
     N, i = dist.get_world_size(), dist.get_rank()
     if layer in ROWS and not (layer == "lm_head" and config.tie_word_embeddings):
-        return tensor.chunk(N)[i].clone()                  # a bias too has one number a row
+        return tensor.chunk(N)[i].clone()                 # a bias too has one number a row
     if layer in COLUMNS and kind == "weight":
         return tensor.chunk(N, dim=1)[i].clone()
     if layer in COLUMNS and i > 0:
-        return torch.zeros_like(tensor)                    # the sum over processes has the bias once
+        return torch.zeros_like(tensor)                   # the sum over processes has the bias once
     return tensor
 
 
@@ -127,7 +127,7 @@ def add_up(model):
 
 
 def one_sum(block, x, **how):
-    """forward of a Block of neox.py with parallel residuals: attention and MLP in one all-reduce."""
+    """forward of a Block of neox.py with parallel residuals: one all-reduce for both."""
     a, weights = block.attn(block.ln_1(x), **how)
     return summed(block.mlp(block.ln_2(x)) + a) + x, weights
 
@@ -149,8 +149,8 @@ def side_by_side(y):
 def check_call(module, inputs, named):
     """Before the model runs: are all processes at the same place of the same text?"""
     if named.get("output_attentions") or any(value is True for value in inputs[5:6]):
-        raise ValueError("output_attentions is not supported for a model that is shared among processes: "
-                         "each has only some of the heads")
+        raise ValueError("output_attentions is not supported for a model that is shared among "
+                         "processes: each has only some of the heads")
     ids = inputs[0] if inputs else named.get("input_ids")
     if ids is None:
         return
@@ -159,5 +159,5 @@ def check_call(module, inputs, named):
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     if any(not torch.equal(part, mine) for part in parts):
-        raise RuntimeError("the processes that share this model were given different ids: give each the same "
-                           "prompt, the same settings and the same seed")
+        raise RuntimeError("the processes that share this model were given different ids: give "
+                           "each the same prompt, the same settings and the same seed")

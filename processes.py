@@ -1,6 +1,7 @@
 """Several processes of one command, started by torchrun; without torchrun there is one.
 
-In training process 0 evaluates, prints and writes.  The others only read, so all must see the same files.
+In training process 0 evaluates, prints and writes.  The others only read, so all must see the
+same files.
 """
 
 import os

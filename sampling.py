@@ -65,7 +65,8 @@ class Settings:
             stored = {name: getattr(model.config, name) for name in names}
         chosen, source = {}, {}
         for where, settings in ((f"{where}: ", stored), ("generation_config: ", as_dict(config))):
-            values = {name: as_python(value) for name, value in settings.items() if value is not None}
+            values = {name: as_python(value) for name, value in settings.items()
+                      if value is not None}
             chosen |= values
             source |= dict.fromkeys(values, where)
         chosen |= {name: as_python(value) for name, value in given.items()}
@@ -277,11 +278,13 @@ STEPS = (
 
 
 def nothing_left(settings, error):
-    """The error for scores from which torch cannot draw: it names the settings that forbid tokens."""
+    """The error for scores that torch cannot draw from: it names what forbids all tokens."""
     names = [name for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
                                "no_repeat_ngram_size", "min_length", "min_new_tokens")
              if getattr(settings, name)]
-    why = f"{' and '.join(names)} forbid all of them" if names else "the model's scores are no numbers"
+    why = "the model's scores are no numbers"
+    if names:
+        why = f"{' and '.join(names)} forbid all of them"
     return ValueError(f"there is no token to draw: {why} ({error_line(error)})")
 
 

@@ -65,7 +65,8 @@ class ForSequenceClassification(Head):
         """
         out, x = self.hidden_states(input_ids, attention_mask, position_ids,
                                     output_hidden_states=output_hidden_states,
-                                    output_attentions=output_attentions, inputs_embeds=inputs_embeds)
+                                    output_attentions=output_attentions,
+                                    inputs_embeds=inputs_embeds)
         logits = self.score(x)              # (B, T, N): all tokens, as transformers does; same bits
         out.logits = logits[torch.arange(len(x), device=x.device), self.last_token(input_ids, x)]
         if labels is not None:
@@ -77,15 +78,15 @@ class ForSequenceClassification(Head):
 
         The padding may be on either side.  It is recognized by its id and not by the mask, so if
         pad and eos are one token, an eos at the end of the text counts as padding too (transformers
-        since 4.49, pull request 35911).  Where inputs_embeds were given there are no ids: then it is
-        the last token of each row, as in transformers, and x (B, T, C) gives the shape.
+        since 4.49, pull request 35911).  Where inputs_embeds were given there are no ids: then it
+        is the last token of each row, as in transformers, and x (B, T, C) gives the shape.
         """
         pad = self.config.pad_token_id
         shaped = x if input_ids is None else input_ids
         B, T = shaped.shape[:2]
         if pad is None and B > 1:
-            raise ValueError(f"{B} texts at once need to know which token is padding: load the model "
-                             "with from_pretrained(..., pad_token_id=...)")
+            raise ValueError(f"{B} texts at once need to know which token is padding: load the "
+                             "model with from_pretrained(..., pad_token_id=...)")
         if pad is None or input_ids is None:
             return torch.full((B,), T - 1, device=shaped.device)
         places = torch.arange(T, device=input_ids.device)
@@ -105,14 +106,15 @@ class ForTokenClassification(Head):
     @as_usual
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None,
                 output_hidden_states=False, output_attentions=False, inputs_embeds=None):
-        """input_ids (B, T) integer -> ModelOutput with logits (B, T, N), and loss if labels are given.
+        """input_ids (B, T) integer -> ModelOutput with logits (B, T, N), and loss if given labels.
 
         labels (B, T): the class id of each token, without a shift; -100 leaves a token out of the
         loss.  Raises ValueError for labels of another shape and for ids that are no class.
         """
         out, x = self.hidden_states(input_ids, attention_mask, position_ids,
                                     output_hidden_states=output_hidden_states,
-                                    output_attentions=output_attentions, inputs_embeds=inputs_embeds)
+                                    output_attentions=output_attentions,
+                                    inputs_embeds=inputs_embeds)
         out.logits = self.classifier(self.dropout(x))
         if labels is not None:
             logits = out.logits.float() if self.upcast_loss else out.logits
@@ -142,7 +144,8 @@ class ForQuestionAnswering(Head):
         """
         out, x = self.hidden_states(input_ids, attention_mask, position_ids,
                                     output_hidden_states=output_hidden_states,
-                                    output_attentions=output_attentions, inputs_embeds=inputs_embeds)
+                                    output_attentions=output_attentions,
+                                    inputs_embeds=inputs_embeds)
         logits = self.qa_outputs(x)                        # (B, T, 2)
         out.start_logits, out.end_logits = (part.contiguous() for part in logits.unbind(-1))
         if start_positions is not None and end_positions is not None:
@@ -165,8 +168,8 @@ def sequence_loss(logits, labels, config):
     if kind == "single_label_classification":
         return class_loss(logits, labels, "(batch,)")
     if labels.numel() != logits.numel():
-        raise ValueError(f"labels for {kind} must have the shape {tuple(logits.shape)} of the logits, "
-                         f"got {tuple(labels.shape)}")
+        raise ValueError(f"labels for {kind} must have the shape {tuple(logits.shape)} of the "
+                         f"logits, got {tuple(labels.shape)}")
     if kind == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits, labels)
     if config.num_labels == 1:

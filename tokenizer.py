@@ -88,8 +88,9 @@ def named_token(name):
 
     def set_token(self, token):
         if token is not None and token not in self._ids:
-            raise ValueError(f"{name} cannot be {shown(token)}: there is no such token, and the model "
-                             f"has no row for it; tokenizer.{name} = tokenizer.eos_token would do")
+            raise ValueError(f"{name} cannot be {shown(token)}: there is no such token, and the "
+                             f"model has no row for it; tokenizer.{name} = "
+                             "tokenizer.eos_token would do")
         self._named[name] = token
 
     def id(self):
@@ -174,16 +175,17 @@ class Tokenizer:
         return self.convert_ids_to_tokens(self._encode(text) + (self._encode(pair) if pair else []))
 
     def __call__(self, text, text_pair=None, *, return_tensors=None, padding=False, truncation=None,
-                 max_length=None, pad_to_multiple_of=None, padding_side=None, add_special_tokens=True,
-                 return_attention_mask=None, return_token_type_ids=None, **neutral):
+                 max_length=None, pad_to_multiple_of=None, padding_side=None,
+                 add_special_tokens=True, return_attention_mask=None, return_token_type_ids=None,
+                 **neutral):
         """One text or a list of B texts -> Encoding with input_ids and attention_mask, each (B, T).
 
         text_pair: a second text for each, whose ids are appended; pairs cannot be truncated.
         padding, pad_to_multiple_of, padding_side: as for pad.  truncation: to max_length or
         model_max_length, on the truncation_side; max_length alone switches it on.  return_tensors:
-        "pt", "np", "jax" or None (lists).  add_special_tokens has no effect: these tokenizers add none.
-        return_token_type_ids: 0 for the ids of text and 1 for those of text_pair.
-        Raises TypeError or ValueError, naming the argument, for what is not supported.
+        "pt", "np", "jax" or None (lists).  add_special_tokens has no effect: these tokenizers add
+        none.  return_token_type_ids: 0 for the ids of text and 1 for those of text_pair.  Raises
+        TypeError or ValueError, naming the argument, for what is not supported.
         """
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"tokenized is a str or a list of str, not {type(text).__name__}")
@@ -203,7 +205,8 @@ class Tokenizer:
             rows = self._truncate(rows, max_length or self.model_max_length,
                                   padding and pad_to_multiple_of)
         out = {"input_ids": [row + pair for row, pair in zip(rows, pairs)],
-               "token_type_ids": [[0] * len(row) + [1] * len(pair) for row, pair in zip(rows, pairs)],
+               "token_type_ids": [[0] * len(row) + [1] * len(pair)
+                                  for row, pair in zip(rows, pairs)],
                "attention_mask": [[1] * (len(row) + len(pair)) for row, pair in zip(rows, pairs)]}
         wanted = dict(token_type_ids=return_token_type_ids, attention_mask=return_attention_mask)
         for name, want in wanted.items():
@@ -225,7 +228,8 @@ class Tokenizer:
         if len(pairs) != len(rows) or isinstance(text, str) != isinstance(text_pair, str):
             raise ValueError(f"{len(rows)} texts, but text_pair has {len(pairs)}")
         if truncation:
-            raise ValueError("pairs of texts are not truncated here: leave out truncation and max_length")
+            raise ValueError("pairs of texts are not truncated here: leave out truncation "
+                             "and max_length")
         return [self._encode(pair) for pair in pairs]
 
     def _truncate(self, rows, length, multiple):
@@ -235,8 +239,8 @@ class Tokenizer:
                              f"pad_to_multiple_of ({multiple})")
         return [row[-length:] if self.truncation_side == "left" else row[:length] for row in rows]
 
-    def pad(self, encoded, padding=True, max_length=None, pad_to_multiple_of=None, padding_side=None,
-            return_attention_mask=None, return_tensors=None, verbose=True):
+    def pad(self, encoded, padding=True, max_length=None, pad_to_multiple_of=None,
+            padding_side=None, return_attention_mask=None, return_tensors=None, verbose=True):
         """Pad what calling the tokenizer returned, a dict or a list of dicts, to one length.
 
         padding: True or "longest"; "max_length", which means max_length or model_max_length; or
@@ -277,7 +281,8 @@ class Tokenizer:
             return
         length = self._padded_length(out["input_ids"], padding, max_length)
         length += -length % (multiple or 1)
-        fills = dict(input_ids=self.pad_token_id, attention_mask=0, token_type_ids=0, special_tokens_mask=1)
+        fills = dict(input_ids=self.pad_token_id, attention_mask=0, token_type_ids=0,
+                     special_tokens_mask=1)
         left = (padding_side or self.padding_side) == "left"
         for name in fills.keys() & out.keys():
             filled = [(row, [fills[name]] * (length - len(row))) for row in out[name]]
@@ -300,16 +305,20 @@ class Tokenizer:
         skip = self._special_ids if skip_special_tokens else ()
         return (b"" if i in skip else self._bytes.get(i, b"") for i in ids)
 
-    def decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **neutral):
+    def decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None,
+               **neutral):
         """The text of a list or tensor of ids, or of one id.  Bytes that are no UTF-8 give U+FFFD.
 
         clean_up_tokenization_spaces has no effect: transformers 5 ignores it for BPE as well.
         """
-        check_option("clean_up_tokenization_spaces", clean_up_tokenization_spaces, (None, False, True))
+        check_option("clean_up_tokenization_spaces", clean_up_tokenization_spaces,
+                     (None, False, True))
         check_neutral("decode", neutral, NEUTRAL_IN_DECODE)
         if clean_up_tokenization_spaces:
-            warnings.warn("clean_up_tokenization_spaces=True is ignored for a byte-level BPE", stacklevel=2)
-        return b"".join(self._pieces(id_list(token_ids), skip_special_tokens)).decode("utf-8", "replace")
+            warnings.warn("clean_up_tokenization_spaces=True is ignored for a byte-level BPE",
+                          stacklevel=2)
+        pieces = self._pieces(id_list(token_ids), skip_special_tokens)
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def batch_decode(self, sequences, skip_special_tokens=False, **options):
         """The texts of many rows of ids, such as model.generate returns; ids alone are one row."""
@@ -363,8 +372,10 @@ class Tokenizer:
 
     def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
         """The tokens as written in the files ("Ġworld"); None for an id without a token."""
-        skip = {self._ids[token] for token in self.all_special_tokens} if skip_special_tokens else ()
-        tokens = [self._tokens.get(i) for i in id_list(ids) if i not in skip or isinstance(ids, int)]
+        special = self.all_special_tokens if skip_special_tokens else ()
+        skip = {self._ids[token] for token in special}
+        tokens = [self._tokens.get(i) for i in id_list(ids)
+                  if i not in skip or isinstance(ids, int)]
         return tokens[0] if isinstance(ids, int) else tokens
 
     def convert_tokens_to_ids(self, tokens):
@@ -372,7 +383,8 @@ class Tokenizer:
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         if tokens not in self._ids:
-            raise ValueError(f"the vocabulary has no token {shown(tokens)} (a space is written 'Ġ')")
+            raise ValueError(f"the vocabulary has no token {shown(tokens)} (a space "
+                             "is written 'Ġ')")
         return self._ids[tokens]
 
     def convert_tokens_to_string(self, tokens):
@@ -411,8 +423,8 @@ class Tokenizer:
                 tokens.append(as_added_token(value, True))
                 named[name] = tokens[-1].content
             else:
-                raise ValueError(f"{shown(name)} is not a special token; they are {', '.join(NAMED)} "
-                                 f"and {EXTRA[0]}, which is a list")
+                raise ValueError(f"{shown(name)} is not a special token; they are "
+                                 f"{', '.join(NAMED)} and {EXTRA[0]}, which is a list")
         count = self.add_tokens(tokens)
         self._named |= named
         self.extra_special_tokens = extra
@@ -444,8 +456,8 @@ class Tokenizer:
     # -- files -----------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, *, revision=None, cache_dir=None, local_files_only=False,
-                        token=None, **overrides):
+    def from_pretrained(cls, name_or_folder, *, revision=None, cache_dir=None,
+                        local_files_only=False, token=None, **overrides):
         """Read the tokenizer of a checkpoint: a folder or a hub id.
 
         overrides: values of tokenizer_settings.CONFIG, such as pad_token or padding_side, which
@@ -480,7 +492,8 @@ class Tokenizer:
         self.truncation_side = read.config.get("truncation_side", "right")
         length = read.config.get("model_max_length", read.config.get("max_len"))
         self.model_max_length = int(length or UNLIMITED)
-        self.model_input_names = read.config.get("model_input_names", ["input_ids", "attention_mask"])
+        self.model_input_names = read.config.get("model_input_names",
+                                                 ["input_ids", "attention_mask"])
 
     def _add_all(self, read):
         """Add the tokens of the files, in the order of transformers' TokenizersBackend.
@@ -490,7 +503,8 @@ class Tokenizer:
         """
         named = {name: read.config.get(name, default) for name, default in self.defaults.items()}
         self._named = {name: token and content(token) for name, token in named.items()}
-        extra = read.config.get("extra_special_tokens") or read.config.get("additional_special_tokens") or []
+        extra = (read.config.get("extra_special_tokens")
+                 or read.config.get("additional_special_tokens") or [])
         self.extra_special_tokens = [content(token) for token in extra]
         in_file = [] if self.normalizes is not None else read.in_file
         tokens = [token._replace(special=token.special or token.content in self._named.values())
@@ -542,8 +556,9 @@ class Tokenizer:
             raise ValueError(f"{folder} has a tokenizer.json already, which would be read instead "
                              "of what is saved now: remove it, or save to another folder")
         added = {self._ids[text]: dict(
-            content=text, special=text in self._special, lstrip=False, rstrip=False, single_word=False,
-            normalized=self._added[text].normalized) for text in self.get_added_vocab()}
+            content=text, special=text in self._special, lstrip=False, rstrip=False,
+            single_word=False, normalized=self._added[text].normalized)
+                 for text in self.get_added_vocab()}
         config = self._config | self._named | dict(
             tokenizer_class=self.saved_class, padding_side=self.padding_side,
             truncation_side=self.truncation_side, model_max_length=self.model_max_length,
@@ -561,7 +576,8 @@ class Tokenizer:
 
 class GPT2Tokenizer(Tokenizer):
     """The tokenizer of GPT-Neo.  It has no pad token unless the files or the caller name one."""
-    defaults = Tokenizer.defaults | dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")
+    defaults = Tokenizer.defaults | dict.fromkeys(["bos_token", "eos_token", "unk_token"],
+                                                  "<|endoftext|>")
     normalizes = False
     saved_class = "GPT2Tokenizer"
 
@@ -582,7 +598,8 @@ class PreTrainedTokenizerFast(Tokenizer):
 CLASSES = {
     "GPT2Tokenizer": GPT2Tokenizer, "GPT2TokenizerFast": GPT2Tokenizer,
     "GPTNeoXTokenizer": GPTNeoXTokenizerFast, "GPTNeoXTokenizerFast": GPTNeoXTokenizerFast,
-    "PreTrainedTokenizerFast": PreTrainedTokenizerFast, "TokenizersBackend": PreTrainedTokenizerFast}
+    "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
+    "TokenizersBackend": PreTrainedTokenizerFast}
 
 
 def class_named(name, path, has_json):
@@ -591,8 +608,9 @@ def class_named(name, path, has_json):
         return CLASSES[name]
     if has_json and isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer":
         return PreTrainedTokenizerFast                 # as transformers does where it is byte-level
-    raise wrong(path, "tokenizer_class", f"{shown(name)} is not supported; supported are {', '.join(CLASSES)}: "
-                                         "use transformers' tokenizer for it")
+    raise wrong(path, "tokenizer_class", f"{shown(name)} is not supported; supported are "
+                                         f"{', '.join(CLASSES)}: use transformers' "
+                                         "tokenizer for it")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -625,15 +643,16 @@ NEUTRAL_IN_CALL = {
     "text_target": (None,), "text_pair_target": (None,), "stride": (0,),
     "is_split_into_words": (False,), "return_overflowing_tokens": (False,),
     "return_special_tokens_mask": (False,), "return_offsets_mapping": (False,),
-    "return_length": (False,), "split_special_tokens": (None, False), "tokenizer_kwargs": (None, {}),
-    "verbose": (True, False)}
-NEUTRAL_IN_DECODE = {"spaces_between_special_tokens": (True, False), "use_source_tokenizer": (False,)}
+    "return_length": (False,), "split_special_tokens": (None, False),
+    "tokenizer_kwargs": (None, {}), "verbose": (True, False)}
+NEUTRAL_IN_DECODE = {"spaces_between_special_tokens": (True, False),
+                     "use_source_tokenizer": (False,)}
 NEUTRAL_IN_LOADING = {
     "use_fast": (True, False, None), "trust_remote_code": (False, None), "force_download": (False,),
-    "subfolder": (None, ""), "proxies": (None, {}), "legacy": (None, True, False), "gguf_file": (None,),
-    "code_revision": (None,), "tokenizer_type": (None,), "use_auth_token": (None,),
-    "resume_download": (None, True, False), "from_slow": (None, False), "verbose": (True, False),
-    "tokenizer_file": (None,), "config": (None,)}
+    "subfolder": (None, ""), "proxies": (None, {}), "legacy": (None, True, False),
+    "gguf_file": (None,), "code_revision": (None,), "tokenizer_type": (None,),
+    "use_auth_token": (None,), "resume_download": (None, True, False), "from_slow": (None, False),
+    "verbose": (True, False), "tokenizer_file": (None,), "config": (None,)}
 NEUTRAL_IN_SAVING = {"legacy_format": (None, True, False), "filename_prefix": (None,),
                      "push_to_hub": (None, False), "token": (None,)}
 
@@ -644,14 +663,15 @@ def check_neutral(function, arguments, neutral):
         if name not in neutral:
             raise TypeError(f"{function} does not know {shown(name)}")
         if not is_among(value, neutral[name]):
-            raise TypeError(f"{function}: {name}={shown(value)} is not implemented here; accepted is "
-                            + " or ".join(map(repr, neutral[name])))
+            raise TypeError(f"{function}: {name}={shown(value)} is not implemented here; accepted "
+                            "is " + " or ".join(map(repr, neutral[name])))
 
 
 def check_option(name, value, supported):
     """Raise ValueError unless the value is one of the supported ones."""
     if not is_among(value, supported):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, supported))}, not {shown(value)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, supported))}, not "
+                         f"{shown(value)}")
 
 
 def check_count(name, value):
@@ -678,7 +698,8 @@ def tensor(rows, kind):
         try:
             import jax
         except ImportError:
-            raise ImportError('return_tensors="jax" needs the package jax: pip install jax') from None
+            raise ImportError('return_tensors="jax" needs the package jax: '
+                              'pip install jax') from None
         return jax.numpy.array(rows, dtype=None if fractions else int)
     import torch
     return torch.tensor(rows, dtype=None if fractions else torch.long)
@@ -704,10 +725,11 @@ def as_added_token(token, special):
         token = AddedToken(token, special, not special)
     elif isinstance(token, dict):
         special = special or token.get("special", False)
-        token = AddedToken(token["content"], special, token.get("normalized", not token.get("special", False)))
+        token = AddedToken(token["content"], special,
+                           token.get("normalized", not token.get("special", False)))
     elif any(getattr(token, flag, False) for flag in ("lstrip", "rstrip", "single_word")):
-        raise ValueError(f"added token {shown(token.content)}: lstrip, rstrip and single_word are not "
-                         "implemented here")
+        raise ValueError(f"added token {shown(token.content)}: lstrip, rstrip and single_word are "
+                         "not implemented here")
     elif not isinstance(token, AddedToken):
         if not hasattr(token, "content"):
             raise TypeError(f"a token must be a str or an AddedToken, not {type(token).__name__}")
@@ -735,7 +757,8 @@ def tensor_kind(ids):
     first = ids if hasattr(ids, "tolist") else next(iter(ids), None)
     if not hasattr(first, "tolist"):
         return None
-    return {"numpy": "np", "jax": "jax", "jaxlib": "jax"}.get(type(first).__module__.split(".")[0], "pt")
+    package = type(first).__module__.split(".")[0]
+    return {"numpy": "np", "jax": "jax", "jaxlib": "jax"}.get(package, "pt")
 
 
 def as_tensors(out, kind):

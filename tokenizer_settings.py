@@ -46,7 +46,7 @@ class Read(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 def wrong(path, field, problem):
-    """The error for one field of a file: one line of at most 300 characters, besides a long path."""
+    """The error for one field of a file: a line of at most 300 characters, besides a long path."""
     return ValueError(f"{plain(path, 1000)}: field {plain(field)}: {plain(problem, 200)}")
 
 
@@ -88,7 +88,8 @@ def is_named_token(value):
 
 def is_extra(value):
     return not value and value in (None, [], {}) or (
-        isinstance(value, list) and all(token is not None and is_named_token(token) for token in value))
+        isinstance(value, list) and all(token is not None and is_named_token(token)
+                                        for token in value))
 
 
 def is_chat_template(value):
@@ -108,10 +109,12 @@ NEUTRAL_FLAG, NOTHING = one_of(None, True, False), one_of(None)
 ABSENT = Rule(lambda value: False, "only a file without this field")   # null fails in transformers
 TEXT = Rule(is_text, "a text that is not empty and has no half of a surrogate pair")
 ID = Rule(is_id, "a whole number from 0 to 4294967295")
-COUNT = Rule(lambda value: value is None or (is_id(value) and value > 0), "null or a whole number above 0")
+COUNT = Rule(lambda value: value is None or (is_id(value) and value > 0),
+             "null or a whole number above 0")
 LENGTH = Rule(is_length, "null or a whole number above 0")
 SIDE = one_of("left", "right")
-OBJECT, LIST = Rule(lambda v: isinstance(v, dict), "an object"), Rule(lambda v: isinstance(v, list), "a list")
+OBJECT = Rule(lambda v: isinstance(v, dict), "an object")
+LIST = Rule(lambda v: isinstance(v, list), "a list")
 
 ADDED = {"content": TEXT, "special": FLAG, "normalized": FLAG,
          "single_word": one_of(False), "lstrip": one_of(False), "rstrip": one_of(False)}
@@ -130,7 +133,8 @@ def check(path, prefix, data, rules, required=()):
         if key not in rules:
             raise wrong(path, name, f"is not known; known are {', '.join(rules)}")
         if not rules[key].allows(value):
-            raise wrong(path, name, f"{shown(value)} is not supported; supported is {rules[key].words}")
+            raise wrong(path, name,
+                        f"{shown(value)} is not supported; supported is {rules[key].words}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -176,7 +180,8 @@ def check_steps(path, data, section):
     else:
         steps = [step]
     for step in steps:
-        check(path, inside, step, dict.fromkeys(step if isinstance(step, dict) else (), ANY), ["type"])
+        check(path, inside, step, dict.fromkeys(step if isinstance(step, dict) else (), ANY),
+              ["type"])
         known = STEPS[section]
         if not (type(step["type"]) is str and step["type"] in known):
             raise wrong(path, f"{inside}type", f"{shown(step['type'])} is not supported; supported "
@@ -210,14 +215,15 @@ def read_tokenizer_json(path, normalizes):
     if (padding := data.get("padding")) is not None:
         check(path, "padding.", padding, PADDING, PADDING)
         strategy = padding["strategy"]
-        if strategy != "BatchLongest" and not (isinstance(strategy, dict) and [*strategy] == ["Fixed"]
+        if strategy != "BatchLongest" and not (isinstance(strategy, dict)
+                                               and [*strategy] == ["Fixed"]
                                                and is_id(strategy["Fixed"])):
             raise wrong(path, "padding.strategy", 'must be "BatchLongest" or {"Fixed": length}')
         settings |= dict(padding_side=padding["direction"].lower(), pad_token=padding["pad_token"])
     if (truncation := data.get("truncation")) is not None:
         check(path, "truncation.", truncation, TRUNCATION, TRUNCATION)
         settings["truncation_side"] = truncation["direction"].lower()
-    needed = ["id", *ADDED] if normalizes is None else ["id", "content"]     # `tokenizers` needs all
+    needed = ["id", *ADDED] if normalizes is None else ["id", "content"]    # `tokenizers` needs all
     added = [added_token(path, f"added_tokens[{i}].", entry, {"id": ID, **ADDED}, needed)
              for i, entry in enumerate(data["added_tokens"])]
     return model["vocab"], read_pairs(path, model["merges"]), nfc, added, settings
@@ -237,7 +243,8 @@ def added_token(path, prefix, entry, rules, required=("content",)):
     """The AddedToken of one entry of a file; ValueError for one that the rules do not allow."""
     check(path, prefix, entry, rules, required)
     special = entry.get("special", False)
-    return AddedToken(entry["content"], special, entry.get("normalized", not special), entry.get("id"))
+    return AddedToken(entry["content"], special, entry.get("normalized", not special),
+                      entry.get("id"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -329,12 +336,14 @@ def mergeable_ranks(path, vocab, merges):
         token, field = left + right, f"merge {shown(left)} {shown(right)}"
         for part in (left, right):
             if part not in vocab or not (part in BYTE or part in halves):
-                raise wrong(path, field, f"uses {shown(part)}, which no byte and no earlier merge makes")
+                raise wrong(path, field,
+                            f"uses {shown(part)}, which no byte and no earlier merge makes")
         if vocab.get(token, -1) <= last:
             raise wrong(path, field, f"ids must grow with the merges, but {shown(token)} has "
                                      f"{vocab.get(token, 'none')}, after {last}")
         if pair := rival(left, right, vocab, halves):
-            raise wrong(path, field, f"can never happen, for {shown(pair[0])} {shown(pair[1])} comes "
+            raise wrong(path, field,
+                        f"can never happen, for {shown(pair[0])} {shown(pair[1])} comes "
                         "first; tiktoken would do it all the same, so this file cannot be used")
         halves[token], last = (left, right), vocab[token]
     return {token_bytes(t): vocab[t] for t in (*(c for c in BYTE if c in vocab), *halves)}
@@ -349,7 +358,8 @@ CONFIG = {
     **dict.fromkeys(NAMED, TOKEN),
     **dict.fromkeys(EXTRA, Rule(is_extra, "null or a list of tokens")),
     "padding_side": SIDE, "truncation_side": SIDE, "model_max_length": LENGTH, "max_len": LENGTH,
-    "add_prefix_space": one_of(False), "split_special_tokens": one_of(False), "errors": one_of(None, "replace"),
+    "add_prefix_space": one_of(False), "split_special_tokens": one_of(False),
+    "errors": one_of(None, "replace"),
     "clean_up_tokenization_spaces": NEUTRAL_FLAG,       # without effect on BPE in transformers
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": OFF,
     "trim_offsets": NEUTRAL_FLAG, "add_bos_token": OFF, "add_eos_token": OFF,
@@ -388,7 +398,8 @@ def check_config(path, config, cls, has_tokenizer_json):
 
 def read_special_tokens_map(path, config, overrides):
     """Add special_tokens_map.json, which transformers reads if there is no added_tokens_decoder."""
-    rules = {**dict.fromkeys(NAMED, Rule(lambda v: is_named_token(v) or isinstance(v, dict), TOKEN.words)),
+    rules = {**dict.fromkeys(NAMED,
+                             Rule(lambda v: is_named_token(v) or isinstance(v, dict), TOKEN.words)),
              **dict.fromkeys(EXTRA, CONFIG[EXTRA[0]])}
     data = read_json(path)
     check(path, "", data, rules)
@@ -431,7 +442,7 @@ def listing_file(paths, config):
 
 
 def read_listed_tokens(paths, config, in_file):
-    """The added tokens of tokenizer_config.json, or else of added_tokens.json and tokenizer.json."""
+    """The added tokens of tokenizer_config.json, else of added_tokens.json, tokenizer.json."""
     found = {}
     if "added_tokens_decoder" in config:
         path = listing_file(paths, config)
@@ -460,7 +471,8 @@ def read_listed_tokens(paths, config, in_file):
 
 def find_files(name_or_folder, revision=None, **hub):
     """{file name: path}.  tokenizer.json comes before vocab.json + merges.txt (transformers)."""
-    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json"]
     found = {f: fetch(name_or_folder, f, revision, False, **hub) for f in names}
     if not found["tokenizer.json"]:
         for f in ("vocab.json", "merges.txt"):
@@ -477,7 +489,8 @@ def missing(name, found, filename, error):
     named = (read_json(path) if path else {}).get("tokenizer_class")
     kind = (f"{path}: field tokenizer_class: {shown(named)}; " if named else "")
     if kind and str(named).removesuffix("Fast") not in ("GPT2Tokenizer", "GPTNeoXTokenizer"):
-        return f"{kind}no byte-level BPE, and there is no tokenizer.json: use transformers' tokenizer for it"
+        return (f"{kind}no byte-level BPE, and there is no tokenizer.json: "
+                "use transformers' tokenizer for it")
     return (f"no tokenizer.json and no {filename} in {name}: copy the checkpoint's tokenizer.json, "
             f"or vocab.json and merges.txt, there ({error})")[:300]
 
@@ -490,10 +503,12 @@ def read_files(paths, overrides, cls):
         if cls.normalizes is not None:                 # these classes have a pad token of their own
             settings.pop("pad_token", None)
     elif cls.normalizes is None:
-        raise ValueError(f"{paths['vocab.json'].parent}: {cls.__name__} reads tokenizer.json, which is not "
-                         "there: name GPT2Tokenizer in tokenizer_config.json, field tokenizer_class")
+        raise ValueError(f"{paths['vocab.json'].parent}: {cls.__name__} reads tokenizer.json, "
+                         "which is not there: name GPT2Tokenizer in tokenizer_config.json, field "
+                         "tokenizer_class")
     else:
         source, nfc, in_file, settings = paths["vocab.json"], bool(cls.normalizes), [], {}
         vocab, merges = read_json(source, unique=True), read_merges(paths["merges.txt"])
     listed = read_listed_tokens(paths, config, in_file)
-    return Read(source, vocab, merges, nfc, in_file, listed, listing_file(paths, config), settings | config)
+    return Read(source, vocab, merges, nfc, in_file, listed, listing_file(paths, config),
+                settings | config)

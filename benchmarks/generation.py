@@ -230,7 +230,8 @@ def ceilings():
             best = min(seconds(lambda: [function(x, w) for w in weights])() for _ in range(7))
             what = f"{rows} row{'s' * (rows > 1)}, {title}, {name_of(dtype)}, GB/s"
             found[what] = sum(w.nbytes for w in weights) / best / 1e9
-    found |= {f"1 row, {kind}, compiled, 10⁹ weights a second": rate for kind, rate in packed_rates()}
+    found |= {f"1 row, {kind}, compiled, 10⁹ weights a second": rate
+              for kind, rate in packed_rates()}
     for name, value in found.items():
         print(f"  {name:55s} {value:7.1f}")
     return found

@@ -12,7 +12,7 @@ from benchmarks.shapes import SHAPES, write
 
 
 def seconds_a_token(text, n):
-    """Of text(number of new tokens): n more against none more, so that the prefill is not counted."""
+    """Of text(number of new tokens): n more against none, so the prefill is not counted."""
     return (seconds(lambda: text(n + 1))() - seconds(lambda: text(1))()) / n
 
 
@@ -31,11 +31,13 @@ def run(model, rounds, contexts, new_tokens):
         in_torch = type(in_jax).torch_class.from_pretrained(folder)
         for context in contexts:
             ids = torch.arange(context)[None] * 31 % SHAPES[model].vocab_size
-            texts = {"jax": lambda n: in_jax.generate(ids.numpy(), max_new_tokens=n,
-                                                      eos_token_id=None).sequences.block_until_ready(),
+            texts = {"jax": lambda n: in_jax.generate(
+                         ids.numpy(), max_new_tokens=n, eos_token_id=None
+                     ).sequences.block_until_ready(),
                      "torch": lambda n: in_torch.generate(ids, max_new_tokens=n, eos_token_id=None,
                                                           compile=True)}
-            runs = {name: lambda text=text: seconds_a_token(text, new_tokens) for name, text in texts.items()}
+            runs = {name: lambda text=text: seconds_a_token(text, new_tokens)
+                    for name, text in texts.items()}
             result[context] = figures = in_turns(runs, rounds)
             print(f"\ndecoding at context {context}, {model} shape, float32, compiled")
             for name, values in figures.items():

@@ -29,12 +29,12 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # H100 SXM).
 GPUS = {"A100": (80, 163 * 1024, 312e12, 2.039e12), "H100": (90, 227 * 1024, 989e12, 3.35e12)}
 KERNELS = {"forward": A.forward_kernel, "dq": A.dq_kernel, "dk, dv": A.dkv_kernel}
-DOTS = {"forward": 2, "dq": 5, "dk, dv": 4}                # tl.dot for each tile: test_triton counts
+DOTS = {"forward": 2, "dq": 5, "dk, dv": 4}               # tl.dot for each tile: test_triton counts
 # Rows of D numbers that a kernel reads or writes once for each row of its own side, and those that
 # it reads for each row of a tile.
-OWN = {"forward": 2, "dq": 3, "dk, dv": 4}                 # q, o;  q, do, dq;  k, v, dk, dv
-OTHER = {"forward": 2, "dq": 4, "dk, dv": 2}               # k, v;  k, v in two sweeps;  q, do
-TENSORS = {"forward": 4, "dq": 5, "dk, dv": 6}             # those that must be read or written once
+OWN = {"forward": 2, "dq": 3, "dk, dv": 4}                # q, o;  q, do, dq;  k, v, dk, dv
+OTHER = {"forward": 2, "dq": 4, "dk, dv": 2}              # k, v;  k, v in two sweeps;  q, do
+TENSORS = {"forward": 4, "dq": 5, "dk, dv": 6}            # those that must be read or written once
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,18 +1,19 @@
-"""The files that the weights were first published in, and why their names and shapes are as they are.
+"""The files that the weights were first published in, and the reasons for their names and shapes.
 
     tensorflow.py    GPT-Neo, 2021: Mesh-TensorFlow on TPUs
     flax.py          GPT-Neo, 2021: transformers' Flax classes
     neox.py          GPT-NeoX, 2022, and Pythia, 2023: DeepSpeed on GPUs, in tensor-parallel parts
 
-All tensors come out under the hub's names (load_weights.GPT_NEO, GPT_NEOX) and in torch's layout.  What a
-folder holds is seen from the names of its files:
+All tensors come out under the hub's names (load_weights.GPT_NEO, GPT_NEOX) and in torch's layout.
+What a folder holds is seen from the names of its files:
 """
 
 from pathlib import Path
 
 from files import read_json
 from originals.flax import read_flax
-from originals.neox import neox_config, neox_files, neox_folder, neox_settings, neox_shapes, read_neox
+from originals.neox import (neox_config, neox_files, neox_folder, neox_settings, neox_shapes,
+                            read_neox)
 from originals.tensorflow import mesh_config, mesh_index, read_mesh
 
 
@@ -22,9 +23,9 @@ def config_json(folder):
 
 
 def original_config(name_or_folder, unpickle):
-    """What the hub's config.json would say of a folder in an original format; None where it has one itself.
+    """The hub's config.json for a folder in an original format; None where it has one itself.
 
-    unpickle(path, module): {name: tensor} of a file of torch.save, as load_weights.read_bin reads it.
+    unpickle(path, module): {name: tensor} of a file of torch.save, as by load_weights.read_bin.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir() or "model_type" in (raw := config_json(folder)):
@@ -36,7 +37,7 @@ def original_config(name_or_folder, unpickle):
 
 
 def original_files(name_or_folder, unpickle):
-    """The files of a folder to give to read_original, [] where there is none in an original format."""
+    """The files of a folder for read_original, [] where there is none in an original format."""
     folder = Path(name_or_folder)
     if not folder.is_dir():
         return []
@@ -59,6 +60,8 @@ def read_original(path, unpickle):
         yield from read_mesh(path, raw.get("vocab_size"))
     else:
         raw = config_json(path.parent) or config_json(path.parent.parent)
-        parallel = (raw.get("use_parallel_residual", True) if "model_type" in raw      # GPTNeoXConfig's default
-                    else neox_settings(path.parent)[0].get("gpt_j_residual", False))   # GPT-NeoX's default
+        if "model_type" in raw:
+            parallel = raw.get("use_parallel_residual", True)      # GPTNeoXConfig's default
+        else:
+            parallel = neox_settings(path.parent)[0].get("gpt_j_residual", False)    # GPT-NeoX's
         yield from read_neox(path, unpickle, parallel)

@@ -2,8 +2,8 @@
 
     read_flax, write_flax    one tensor in memory at a time
 
-msgpack maps in maps, whose leaves are extensions of type 1: shape, name of the dtype, bytes in C order
-(flax/serialization.py).
+msgpack maps in maps, whose leaves are extensions of type 1: shape, name of the dtype, bytes in C
+order (flax/serialization.py).
 """
 
 import math
@@ -18,7 +18,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 
 
 def tensor_of(data, dtype, shape):
-    """Bytes in C order -> a tensor of its own memory.  Raises ValueError where they are not as many."""
+    """Bytes in C order -> a tensor of its own memory.  ValueError for a wrong number of bytes."""
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for a tensor {tuple(shape)} of {dtype}")
     if not data:                                           # torch.frombuffer refuses none
@@ -48,7 +48,9 @@ def read_flax(path):
                 stem, _, kind = name.rpartition(".")
                 if not torch.is_tensor(tensor) or kind not in FLAX_NAMES:
                     raise ValueError(f"{plain(name)} is no array of a known layer")
-                yield f"{stem}.{FLAX_NAMES[kind]}", tensor.T.contiguous() if kind == "kernel" else tensor
+                if kind == "kernel":
+                    tensor = tensor.T.contiguous()
+                yield f"{stem}.{FLAX_NAMES[kind]}", tensor
             if unpacker.tell() != len(data):
                 raise ValueError(f"{len(data) - unpacker.tell()} bytes follow the last array")
     except OSError:
@@ -59,10 +61,10 @@ def read_flax(path):
 
 
 def flax_leaves(unpacker, data, above=()):
-    """Yield ("a.b.c", value) for each leaf.  The next byte, seen in `data`, tells a map from a leaf."""
+    """Yield ("a.b.c", value) for each leaf.  The next byte of `data` tells a map from a leaf."""
     first = data[unpacker.tell()]
-    if not (first & 0xF0 == 0x80 or first in (0xDE, 0xDF)):                # fixmap, map 16, map 32
-        yield ".".join(above).replace("/", "."), unpacker.unpack()         # keys of shards are "a/b/c"
+    if not (first & 0xF0 == 0x80 or first in (0xDE, 0xDF)):             # fixmap, map 16, map 32
+        yield ".".join(above).replace("/", "."), unpacker.unpack()      # keys of shards are "a/b/c"
         return
     if len(above) > DEEPEST:
         raise ValueError("maps within maps without end")
@@ -71,7 +73,8 @@ def flax_leaves(unpacker, data, above=()):
         if not isinstance(key, str):
             raise ValueError(f"the key {shown(key)} is no text")
         if key == "__msgpack_chunked_array__":
-            raise ValueError("an array in chunks, which Flax makes of 1 GiB and more: no GPT-Neo has one")
+            raise ValueError("an array in chunks, which Flax makes of 1 GiB and more: no "
+                             "GPT-Neo has one")
         yield from flax_leaves(unpacker, data, (*above, key))
 
 
@@ -122,5 +125,6 @@ def flax_package(path):
     try:
         import msgpack
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{path} needs the package msgpack: pip install msgpack") from None
+        raise ModuleNotFoundError(f"{path} needs the package msgpack: pip "
+                                  "install msgpack") from None
     return msgpack

@@ -21,13 +21,13 @@ import yaml
 
 from files import error_line, plain, shown
 
-# Training spread a layer's matrices over the GPUs of one machine (tensor parallelism).  A matrix that
-# widens, and the embedding, is cut by its output rows: a part is some of the heads, of the inner width, of
-# the vocabulary.  The matrix that follows is cut by its input columns, so that each GPU goes on with what
-# it has, and their results are added up.
+# Training spread a layer's matrices over the GPUs of one machine (tensor parallelism).  A matrix
+# that widens, and the embedding, is cut by its output rows: a part is some of the heads, of the
+# inner width, of the vocabulary.  The matrix that follows is cut by its input columns, so that each
+# GPU goes on with what it has, and their results are added up.
 ROWS, COLUMNS = "rows", "columns"
-# Norms are on every GPU, meant to be the same.  So are biases that are added after the sum.  But with
-# gpt_j_residual each GPU adds its own bias before the one sum of attention and MLP
+# Norms are on every GPU, meant to be the same.  So are biases that are added after the sum.  But
+# with gpt_j_residual each GPU adds its own bias before the one sum of attention and MLP
 # (megatron/model/transformer.py), so the model's bias is the sum of theirs.
 COPIES, SUMMANDS = "copies", "summands"
 
@@ -52,22 +52,24 @@ NEWER = {"mlp.linear1.": "mlp.dense_h_to_4h.", "mlp.linear2.": "mlp.dense_4h_to_
          "mlp.fc1_": "mlp.dense_h_to_4h.", "mlp.fc2_": "mlp.dense_4h_to_h.",
          "mlp.layer_norm_": "post_attention_layernorm."}
 
-# Layers are stages of a pipeline: 0 the embedding, 1 a function, 2 ... L+1 the blocks, L+2 a function,
-# L+3 the final norm, L+4 the head, unless it is tied.  Without a pipeline a rank has all of them in
-# mp_rank_RR_model_states.pt, under "module", as sequential.LL.key.
+# Layers are stages of a pipeline: 0 the embedding, 1 a function, 2 ... L+1 the blocks, L+2 a
+# function, L+3 the final norm, L+4 the head, unless it is tied.  Without a pipeline a rank has all
+# of them in mp_rank_RR_model_states.pt, under "module", as sequential.LL.key.
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 FIRST_BLOCK = 2
+# The keys by which a layer is known.
 MARKS = {"word_embeddings.weight": "embedding", "attention.dense.weight": "block",
-         "norm.weight": "final norm", "final_linear.weight": "head"}   # keys by which a layer is known
-AFTER = {"embedding": 0, "block": 1, "final norm": 3, "head": 4}        # its number less that of blocks
-FURTHEST = 0.1               # what copies may differ, over their norm: those of GPT-NeoX-20B have drifted
+         "norm.weight": "final norm", "final_linear.weight": "head"}
+AFTER = {"embedding": 0, "block": 1, "final norm": 3, "head": 4}    # its number less that of blocks
+FURTHEST = 0.1         # what copies may differ, over their norm: those of GPT-NeoX-20B have drifted
 
-# DeepSpeed keeps NumPy's random state beside the weights: an array of uint32, which takes these to build.
+# DeepSpeed keeps NumPy's random state beside the weights: an array of uint32, which takes these to
+# build.
 RECONSTRUCT = np.zeros(0).__reduce__()[0]
 NUMPY_STATE = [(RECONSTRUCT, "numpy.core.multiarray._reconstruct"),          # as NumPy 1 wrote it
                (RECONSTRUCT, "numpy._core.multiarray._reconstruct"), np.ndarray, np.dtype,
-               type(np.dtype("uint32"))]                   # the class of the dtype, not a name in files
+               type(np.dtype("uint32"))]               # the class of the dtype, not a name in files
 
 
 def oldest(key):
@@ -79,7 +81,7 @@ def oldest(key):
 
 
 def hub_name(layer, key):
-    """(the hub's name, how parts are joined) of a key in a layer's file; (None, None) without a rule."""
+    """(the hub's name, how parts are joined) of a key in a layer's file, or (None, None)."""
     key = oldest(key)
     stem, _, tail = key.rpartition(".")
     name, kind = NEOX.get(key) or NEOX.get(f"{stem}.*") or (None, None)
@@ -91,14 +93,15 @@ def hub_name(layer, key):
 # ------------------------------------------------------------------------------------------------
 
 def neox_folder(folder):
-    """The folder of the files: this one, the step in it that `latest` names, or its only step; or None."""
+    """The folder of the files: this one, the step that `latest` names, the only step; or None."""
     def holds(place):
         names = [path.name for path in place.iterdir()]
         return any(LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name) for name in names)
 
     if holds(folder):
         return folder
-    steps = [place for place in sorted(folder.glob("global_step*")) if place.is_dir() and holds(place)]
+    steps = [place for place in sorted(folder.glob("global_step*"))
+             if place.is_dir() and holds(place)]
     latest = folder / "latest"
     if latest.is_file():
         named = latest.read_text(encoding="utf-8", errors="replace").strip()
@@ -107,8 +110,8 @@ def neox_folder(folder):
             raise FileNotFoundError(f"{latest} names {shown(named)}, which is no folder there with "
                                     "GPT-NeoX's files")
     if len(steps) > 1:
-        raise ValueError(f"{folder} has {len(steps)} steps and no file 'latest': give the folder of one, "
-                         f"as {steps[-1]}")
+        raise ValueError(f"{folder} has {len(steps)} steps and no file 'latest': give the folder "
+                         f"of one, as {steps[-1]}")
     return steps[0] if steps else None
 
 
@@ -139,7 +142,8 @@ def file_name(layer, rank):
 
 
 def missing(folder, layer, rank):
-    return FileNotFoundError(f"no {file_name(layer, rank)} in {folder}: a part of the weights is missing")
+    return FileNotFoundError(f"no {file_name(layer, rank)} in {folder}: a part of the "
+                             "weights is missing")
 
 
 def read_part(path, unpickle):
@@ -151,8 +155,9 @@ def read_part(path, unpickle):
     if match:
         return {(int(match[1]), key): tensor for key, tensor in state.items()}
     if not state:
-        raise FileNotFoundError(f"{path} holds no weights, and no layer_00-model_00-model_states.pt and "
-                                "so on lie beside it: get these")
+        raise FileNotFoundError(f"{path} holds no weights, and no "
+                                "layer_00-model_00-model_states.pt and so on lie "
+                                "beside it: get these")
     slots = [re.fullmatch(r"sequential\.(\d{1,4})\.(.*)", key) for key in state]
     if None in slots:
         raise ValueError(f"{path}: {plain(list(state)[slots.index(None)])} is not of the form "
@@ -161,14 +166,14 @@ def read_part(path, unpickle):
 
 
 def check_renamed(path):
-    """torch.save notes a file's own name in it: raise ValueError where two files have been exchanged."""
+    """torch.save notes a file's name in it: raise ValueError where two files were exchanged."""
     name = noted_name(path)
     if name in (None, path.name):
         return
     other = path.with_name(name)
     if other.is_file() and noted_name(other) != name:
-        raise ValueError(f"{path} was saved as {name}, and the file of that name as another: they were "
-                         "exchanged; give them back their names")
+        raise ValueError(f"{path} was saved as {name}, and the file of that name as another: they "
+                         "were exchanged; give them back their names")
     warnings.warn(f"{path} was saved as {name}: is it a copy of that file?", stacklevel=2)
 
 
@@ -176,7 +181,7 @@ def noted_name(path):
     """The name of such a file that torch.save has noted in it, or None."""
     with contextlib.suppress(zipfile.BadZipFile, IndexError), zipfile.ZipFile(path) as archive:
         root = archive.infolist()[0].filename.split("/")[0] + ".pt"
-        found = LAYER_FILE.search(root) or RANK_FILE.search(root)          # convert.py saves as .NAME.random
+        found = LAYER_FILE.search(root) or RANK_FILE.search(root)    # convert.py: .NAME.random
         return found and found[0]
 
 
@@ -193,20 +198,22 @@ def neox_shapes(files, unpickle):
             for slot in {**parts[0], **part}:
                 if part.get(slot) != parts[0].get(slot):
                     raise ValueError(f"{path} does not fit {paths[0].name}: {plain(slot[1])} is "
-                                     f"{part.get(slot, 'missing')}, there {parts[0].get(slot, 'missing')}")
+                                     f"{part.get(slot, 'missing')}, there "
+                                     f"{parts[0].get(slot, 'missing')}")
         shapes |= {slot: shape for slot, (shape, _) in parts[0].items()}
     check_layers(shapes, files)
     return shapes
 
 
 def check_layers(shapes, files):
-    """Raise where a layer is missing, is not what its number says, or lacks the last of its parts."""
+    """Raise where a layer is missing, is not what its number says, or lacks its last part."""
     first = next(iter(files.values()))
     kinds = layer_kinds(shapes)
     if not kinds:
         raise ValueError(f"{first[0]} holds no layer of a GPT-NeoX")
     count = count_blocks(kinds)
-    expected = {0: "embedding", **dict.fromkeys(range(2, count + 2), "block"), count + 3: "final norm"}
+    expected = {0: "embedding", **dict.fromkeys(range(2, count + 2), "block"),
+                count + 3: "final norm"}
     if kinds[max(kinds)] == "head":
         expected[count + 4] = "head"
     for layer, kind in expected.items():
@@ -214,8 +221,8 @@ def check_layers(shapes, files):
         if paths is None:
             raise missing(first[0].parent, layer, 0)
         if kinds.get(layer) != kind:
-            raise ValueError(f"{paths[0]}: layer {layer} should be the {kind}, and what is there is "
-                             f"{kinds.get(layer, 'nothing known')}: has each file its own name?")
+            raise ValueError(f"{paths[0]}: layer {layer} should be the {kind}, and what is there "
+                             f"is {kinds.get(layer, 'nothing known')}: has each file its own name?")
     for (layer, key), shape in shapes.items():
         if oldest(key) == "attention.dense.weight" and shape[-1] * len(first) < shape[0]:
             raise missing(first[0].parent, None if None in files else layer, len(first))
@@ -238,9 +245,10 @@ def count_blocks(kinds):
 def read_neox(path, unpickle, parallel):
     """Yield (the hub's name, tensor) of one layer, or of all of them where a file holds all.
 
-    path is the file of rank 0; the others lie beside it.  Of each part only the tensor that is joined is
-    mapped at a time, so that joining takes the memory of that tensor.  parallel: gpt_j_residual.  A key
-    without a rule is yielded as it is.  Raises ValueError that names the file.
+    path is the file of rank 0; the others lie beside it.  Of each part only the tensor that is
+    joined is mapped at a time, so that joining takes the memory of that tensor.  parallel:
+    gpt_j_residual.  A key without a rule is yielded as it is.  Raises ValueError that names the
+    file.
     """
     layer = LAYER_FILE.fullmatch(path.name)
     paths = neox_files(path.parent)[int(layer[1]) if layer else None]
@@ -255,7 +263,7 @@ def read_neox(path, unpickle, parallel):
 
 
 def joined(parts, kind, parallel):
-    """One tensor of its parts in the order of the ranks, in their own dtype, as GPT-NeoX's script does."""
+    """One tensor of its parts in the order of the ranks, in their dtype, as in GPT-NeoX."""
     if len(parts) == 1:
         return parts[0]
     if kind in (ROWS, COLUMNS):
@@ -266,8 +274,8 @@ def joined(parts, kind, parallel):
         return parts[0].clone()
     bound = FURTHEST * parts[0].double().norm().clamp(min=FURTHEST)
     if not all((part.double() - parts[0].double()).norm() <= bound for part in parts):
-        raise ValueError("should be the same in all parts and is not: are these the parts of one model" +
-                         (", trained without gpt_j_residual?" if kind == SUMMANDS else "?"))
+        raise ValueError("should be the same in all parts and is not: are these the parts of one "
+                         "model" + (kind == SUMMANDS) * ", trained without gpt_j_residual" + "?")
     return sum(parts[1:], parts[0]) / len(parts)
 
 
@@ -277,7 +285,7 @@ def cut(tensor, kind, count, parallel):
         return tensor.chunk(count, dim=0 if kind == ROWS else 1)
     if kind == COPIES or not parallel or count == 1:
         return [tensor] * count
-    share = tensor / count                                 # rounded: so the first may have to take what is left
+    share = tensor / count                     # rounded: so the first may have to take what is left
 
     def exact(first):
         return joined([first, *[share] * (count - 1)], SUMMANDS, parallel) == tensor
@@ -287,10 +295,10 @@ def cut(tensor, kind, count, parallel):
 
 
 def split_neox(tensors, config, parts):
-    """{file name: function that makes its {key: tensor}} of {the hub's name: tensor} in a number of parts.
+    """{the hub's name: tensor} -> {file name: function that makes its {key: tensor}}, in parts.
 
-    Rows of the vocabulary are filled up with zeros to a multiple of the parts, as in training.  Raises
-    ValueError where heads or inner width cannot be cut so.
+    Rows of the vocabulary are filled up with zeros to a multiple of the parts, as in training.
+    Raises ValueError where heads or inner width cannot be cut so.
     """
     for field in ("num_attention_heads", "intermediate_size"):
         if parts < 1 or getattr(config, field) % parts:
@@ -340,7 +348,7 @@ SUPPORTED = {
 
 
 def neox_settings(folder):
-    """({key: value}, where) of the .yml files beside the weights, in configs/, or above; or ({}, None).
+    """({key: value}, path) of the .yml files beside the weights, in configs/ or above.
 
     GPT-NeoX takes any number of files; settings that contradict each other raise ValueError.
     """
@@ -351,8 +359,8 @@ def neox_settings(folder):
             for key, value in read_yaml(path).items():
                 key = str(key).replace("-", "_")
                 if settings.setdefault(key, value) != value:
-                    raise ValueError(f"{path}: {plain(key)} is {shown(value)}, but in another file there "
-                                     f"{shown(settings[key])}")
+                    raise ValueError(f"{path}: {plain(key)} is {shown(value)}, but in another file "
+                                     f"there {shown(settings[key])}")
         if paths:
             return settings, paths[0] if len(paths) == 1 else place
     return {}, None
@@ -370,15 +378,15 @@ def read_yaml(path):
 
 
 def neox_config(folder, unpickle):
-    """The settings and the shapes -> the contents of the hub's config.json.  Shapes win, with a warning.
+    """Settings and shapes -> the contents of the hub's config.json.  Shapes win, with a warning.
 
     hidden_act is "gelu" as on the hub's pages of Pythia, though training took the tanh form where
-    bias_gelu_fusion is true; GPT-NeoX's own script leaves it so.  The tokenizer's end of text is id 0.
+    bias_gelu_fusion is true; GPT-NeoX's own script leaves it so.  The tokenizer's end is id 0.
     """
     settings, path = neox_settings(folder)
     if path is None:
-        raise FileNotFoundError(f"no .yml in {folder} or the folder above: put GPT-NeoX's settings there, "
-                                "or the hub's config.json")
+        raise FileNotFoundError(f"no .yml in {folder} or the folder above: put GPT-NeoX's settings "
+                                "there, or the hub's config.json")
     check_settings(settings, path)
     files = neox_files(folder)
     shapes, ranks = neox_shapes(files, unpickle), len(next(iter(files.values())))
@@ -389,8 +397,9 @@ def neox_config(folder, unpickle):
     head = "embed_out.weight" in hub
     if settings.get("no_weight_tying") is True and not head:
         raise missing(folder, None if None in files else layers + AFTER["head"], 0)
-    warn_of_others(settings, path, {"num_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
-                                    "model_parallel_size": ranks, "no_weight_tying": head})
+    warn_of_others(settings, path,
+                   {"num_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
+                    "model_parallel_size": ranks, "no_weight_tying": head})
     rotary = hub.get("0.attention.rotary_emb.inv_freq")
 
     def number(key, default=None):
@@ -400,12 +409,13 @@ def neox_config(folder, unpickle):
             "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner,
             "num_attention_heads": count_heads(settings, path, layers, hidden, rotary),
             "max_position_embeddings": number("max_position_embeddings"), "hidden_act": "gelu",
-            "rotary_pct": float(number("rotary_pct", 1.0)), "rotary_emb_base": number("rotary_emb_base", 10000),
+            "rotary_pct": float(number("rotary_pct", 1.0)),
+            "rotary_emb_base": number("rotary_emb_base", 10000),
             "use_parallel_residual": number("gpt_j_residual", False),
             "layer_norm_eps": float(number("layernorm_epsilon", 1e-5)),
             "initializer_range": float(number("init_method_std", 0.02)),
-            "attention_bias": "0.attention.dense.bias" in hub,
-            "tie_word_embeddings": not head, "bos_token_id": 0, "eos_token_id": 0}
+            "attention_bias": "0.attention.dense.bias" in hub, "tie_word_embeddings": not head,
+            "bos_token_id": 0, "eos_token_id": 0}
 
 
 def warn_of_others(settings, path, shapes):
@@ -413,13 +423,15 @@ def warn_of_others(settings, path, shapes):
     for key, value in shapes.items():
         given = settings.get(key, False if key == "no_weight_tying" else None)
         if given not in (None, value):
-            warnings.warn(f"{path}: {key} is {shown(given)}; the weights say {value}, which is taken",
-                          stacklevel=3)
+            warnings.warn(f"{path}: {key} is {shown(given)}; the weights say {value}, "
+                          "which is taken", stacklevel=3)
 
 
 def setting(settings, path, key, default):
-    """A number or truth value, also where YAML makes a text of a number (1e-5); it must be there if default
-    is None."""
+    """A number or truth value, also where YAML makes a text of a number, as of 1e-5.
+
+    Without a default (None) it must be there.
+    """
     value = settings.get(key, default)
     if value is None:
         raise ValueError(f"{path} has no {key}")
@@ -437,17 +449,18 @@ def check_settings(settings, path):
         if key in settings and settings[key] not in supported:
             raise ValueError(f"{path}: {key} is {shown(settings[key])}; supported: {supported[0]}")
     if settings.get("num_kv_heads") not in (None, settings.get("num_attention_heads")):
-        raise ValueError(f"{path}: num_kv_heads is {shown(settings['num_kv_heads'])}; supported: as many "
-                         "as num_attention_heads")
+        raise ValueError(f"{path}: num_kv_heads is {shown(settings['num_kv_heads'])}; supported: "
+                         "as many as num_attention_heads")
     kinds = settings.get("attention_config")
     if unknown := set(re.findall(r"[A-Za-z_]\w*", str(kinds or ""))) - {"global", "flash", "all"}:
-        raise ValueError(f"{path}: attention_config names {', '.join(sorted(unknown))}; supported: global, "
-                         "flash")
+        raise ValueError(f"{path}: attention_config names {', '.join(sorted(unknown))}; supported: "
+                         "global, flash")
 
 
 def count_heads(settings, path, layers, hidden, rotary):
     """The number of heads.  A published pythia-12b-deduped.yml has layers and heads exchanged."""
-    heads, other = (setting(settings, path, key, None) for key in ("num_attention_heads", "num_layers"))
+    heads, other = (setting(settings, path, key, None)
+                    for key in ("num_attention_heads", "num_layers"))
     turning = float(setting(settings, path, "rotary_pct", 1.0))
 
     def fits(heads):
@@ -456,24 +469,26 @@ def count_heads(settings, path, layers, hidden, rotary):
         return rotary is None or rotary[0] == -(-int(hidden // heads * turning) // 2)
 
     if fits(other) and other != layers and (heads == layers or not fits(heads)):
-        warnings.warn(f"{path}: num_layers and num_attention_heads seem to be exchanged: {other} heads are "
-                      "taken", stacklevel=2)
+        warnings.warn(f"{path}: num_layers and num_attention_heads seem to be exchanged: {other} "
+                      "heads are taken", stacklevel=2)
         return other
     if not fits(heads):
-        raise ValueError(f"{path}: num_attention_heads is {shown(heads)}, which does not fit the weights: "
-                         f"width {hidden}" + (f", of each head {2 * rotary[0]} dims turn" if rotary else ""))
+        raise ValueError(f"{path}: num_attention_heads is {shown(heads)}, which does not fit the "
+                         f"weights: width {hidden}"
+                         + (f", of each head {2 * rotary[0]} dims turn" if rotary else ""))
     return heads
 
 
 def neox_yml(config, parts):
     """The settings of a model in `parts` tensor-parallel parts, to go on training it in GPT-NeoX.
 
-    GPT-NeoX pads its tokenizer's vocabulary to a multiple of make_vocab_size_divisible_by times the parts:
-    this multiple is the very number of rows.
+    GPT-NeoX pads its tokenizer's vocabulary to a multiple of make_vocab_size_divisible_by times the
+    parts: this multiple is the very number of rows.
     """
     rows = -(-config.vocab_size // parts)
-    return {"pipe_parallel_size": 1, "model_parallel_size": parts, "num_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads,
+    return {"pipe_parallel_size": 1, "model_parallel_size": parts,
+            "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
             "intermediate_size": config.intermediate_size, "make_vocab_size_divisible_by": rows,
             "seq_length": config.max_position_embeddings,
             "max_position_embeddings": config.max_position_embeddings,

@@ -1,4 +1,4 @@
-"""GPT-Neo as it was first published: a TensorFlow checkpoint of EleutherAI's code on Mesh-TensorFlow.
+"""GPT-Neo as first published: a TensorFlow checkpoint of EleutherAI's code on Mesh-TensorFlow.
 
     MESH          its names -> the hub's
     mesh_config   its config.json -> the hub's
@@ -14,8 +14,9 @@ import torch
 from files import error_line, plain, read_json, shown
 from originals.flax import tensor_of
 
-# '#' stands for the layer number.  Matrices are (in, out) here too, so they are transposed, except the
-# two tables that are looked up.  "conv1d" is a name kept from GPT-2: a convolution of width 1 is a matrix.
+# '#' stands for the layer number.  Matrices are (in, out) here too, so they are transposed, except
+# the two tables that are looked up.  "conv1d" is a name kept from GPT-2: a convolution of width 1
+# is a matrix.
 MESH = {
     "gpt2/wte":                              "transformer.wte.weight",
     "gpt2/wpe":                              "transformer.wpe.weight",
@@ -35,47 +36,54 @@ MESH = {
     "gpt2/ln_f/g":                           "transformer.ln_f.weight",
     "gpt2/ln_f/b":                           "transformer.ln_f.bias",
 }
-NOT_WEIGHTS = re.compile(r"global_step|.*/adam_[mv]")      # the step, and the optimizer's two averages
+NOT_WEIGHTS = re.compile(r"global_step|.*/adam_[mv]")   # the step, and the optimizer's two averages
 TABLES = ("gpt2/wte", "gpt2/wpe")
 
 # Field of its config.json -> ours.
-MESH_CONFIG = {"n_embd": "hidden_size", "n_layer": "num_layers", "n_head": "num_heads", "n_vocab": "vocab_size",
-               "n_ctx": "max_position_embeddings", "attention_types": "attention_types",
-               "local_attention_radius": "window_size", "res_dropout": "resid_dropout",
-               "embed_dropout": "embed_dropout", "attn_dropout": "attention_dropout"}
-MESH_DEFAULTS = {"local_attention_radius": 256, "res_dropout": 0, "embed_dropout": 0, "attn_dropout": 0}
-MESH_OTHER_MODELS = ("scalenorm", "rezero", "mlp_glu", "macaron", "moe_layers", "rotary_emb", "axial_pos_emb",
-                     "num_mem_kv", "no_weight_tie", "share_parameters", "mlm_training")
-GPT2_TOKENS, GPT2_PADDED = 50257, 50304                    # the second a multiple of 128, for the hardware
+MESH_CONFIG = {"n_embd": "hidden_size", "n_layer": "num_layers", "n_head": "num_heads",
+               "n_vocab": "vocab_size", "n_ctx": "max_position_embeddings",
+               "attention_types": "attention_types", "local_attention_radius": "window_size",
+               "res_dropout": "resid_dropout", "embed_dropout": "embed_dropout",
+               "attn_dropout": "attention_dropout"}
+MESH_DEFAULTS = {"local_attention_radius": 256, "res_dropout": 0, "embed_dropout": 0,
+                 "attn_dropout": 0}
+MESH_OTHER_MODELS = ("scalenorm", "rezero", "mlp_glu", "macaron", "moe_layers", "rotary_emb",
+                     "axial_pos_emb", "num_mem_kv", "no_weight_tie", "share_parameters",
+                     "mlm_training")
+GPT2_TOKENS, GPT2_PADDED = 50257, 50304             # the second a multiple of 128, for the hardware
 
 
 def mesh_config(path):
     """Its config.json -> the contents of the hub's.  Raises ValueError that names the field.
 
-    The activation is the tanh form of GELU (mesh_tensorflow.gelu) whatever "activation_function" says:
-    the original code never reads this field.
+    The activation is the tanh form of GELU (mesh_tensorflow.gelu) whatever "activation_function"
+    says: the original code never reads this field.
     """
     raw = read_json(path)
     for name in MESH_OTHER_MODELS:
         if raw.get(name):
-            raise ValueError(f"{path}: config field {name!r} is {shown(raw[name])}; supported: none or false")
+            raise ValueError(f"{path}: config field {name!r} is {shown(raw[name])}; supported: "
+                             "none or false")
     if raw.get("activation_fn") not in (None, "gelu"):
         raise ValueError(f"{path}: config field 'activation_fn' is {shown(raw['activation_fn'])}; "
                          "supported: gelu")
     if missing := [name for name in MESH_CONFIG if name not in raw and name not in MESH_DEFAULTS]:
-        raise ValueError(f"{path} has no field {', '.join(missing)}: is it the config of an original GPT-Neo?")
+        raise ValueError(f"{path} has no field {', '.join(missing)}: is it the config of an "
+                         "original GPT-Neo?")
     config = {ours: raw.get(name, MESH_DEFAULTS.get(name)) for name, ours in MESH_CONFIG.items()}
-    config |= {name: float(config[name]) for name in ("resid_dropout", "embed_dropout", "attention_dropout")
+    config |= {name: float(config[name])
+               for name in ("resid_dropout", "embed_dropout", "attention_dropout")
                if type(config[name]) is int}
     if config["vocab_size"] == GPT2_PADDED:
         config["vocab_size"] = GPT2_TOKENS
     end = GPT2_TOKENS - 1 if config["vocab_size"] == GPT2_TOKENS else None
-    return {"model_type": "gpt_neo", **config, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end}
+    return {"model_type": "gpt_neo", **config, "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "bos_token_id": end,
+            "eos_token_id": end}
 
 
 def mesh_index(folder):
-    """model.ckpt-N.index of the step that the file `checkpoint` names, else of the only one; None without."""
+    """model.ckpt-N.index of the step that the file `checkpoint` names, or the only one; or None."""
     found = {path.stem: path for path in sorted(folder.glob("model.ckpt-*.index"))}
     if (folder / "checkpoint").is_file() and found:
         text = (folder / "checkpoint").read_text(encoding="utf-8", errors="replace")
@@ -83,16 +91,17 @@ def mesh_index(folder):
         if named and named[1] in found:
             return found[named[1]]
     if len(found) > 1:
-        raise ValueError(f"{folder} has {', '.join(map(plain, found))}, and no file 'checkpoint' that names "
-                         "one of them: leave one there")
+        raise ValueError(f"{folder} has {', '.join(map(plain, found))}, and no file 'checkpoint' "
+                         "that names one of them: leave one there")
     return next(iter(found.values()), None)
 
 
 def read_mesh(index, vocab_size):
     """Yield (the hub's name, tensor) of a TensorFlow checkpoint, one tensor in memory at a time.
 
-    Rows of the embedding beyond vocab_size are padding and left out.  Optimizer and step are passed over; a
-    name without a rule is yielded as it is.  Raises ValueError and FileNotFoundError that name the file.
+    Rows of the embedding beyond vocab_size are padding and left out.  Optimizer and step are passed
+    over; a name without a rule is yielded as it is.  Raises ValueError and FileNotFoundError that
+    name the file.
     """
     entries, shards = read_index(index)
     for name, entry in entries.items():
@@ -108,13 +117,13 @@ def read_mesh(index, vocab_size):
         yield MESH.get(pattern, name).replace("#", layer[1] if layer else "#"), tensor
 
 
-# The container, tensor_bundle (tensorflow/core/util/tensor_bundle): PREFIX.index is a sorted table as in
-# LevelDB, whose values say in protobuf where each tensor lies in PREFIX.data-SSSSS-of-NNNNN.
+# The container, tensor_bundle (tensorflow/core/util/tensor_bundle): PREFIX.index is a sorted table
+# as in LevelDB, whose values say in protobuf where each tensor lies in PREFIX.data-SSSSS-of-NNNNN.
 
 MAGIC = bytes.fromhex("57fb808b247547db")
-BUNDLE_DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16,
-                 19: torch.float16}                        # of tensorflow/core/framework/types.proto
-DTYPE, SHAPE, SHARD, OFFSET, SIZE, CHECKSUM, SLICES = range(1, 8)          # fields of BundleEntryProto
+BUNDLE_DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64,
+                 14: torch.bfloat16, 19: torch.float16}   # of tensorflow/core/framework/types.proto
+DTYPE, SHAPE, SHARD, OFFSET, SIZE, CHECKSUM, SLICES = range(1, 8)       # fields of BundleEntryProto
 
 
 def read_index(path):
@@ -124,25 +133,28 @@ def read_index(path):
         if data[-8:] != MAGIC:
             raise ValueError("it does not end as a table of TensorFlow")
         at = len(data) - 48
-        for _ in range(3):                                 # of the footer: metaindex offset, size, index offset
+        for _ in range(3):                     # of the footer: metaindex offset, size, index offset
             start, at = varint(data, at)
         entries = {}
         for _, handle in block(data, start, varint(data, at)[0]):
             start, at = varint(handle, 0)
-            entries |= {key: fields(value) for key, value in block(data, start, varint(handle, at)[0])}
+            entries |= {key: fields(value)
+                        for key, value in block(data, start, varint(handle, at)[0])}
         header = entries.pop(b"")
         if header.get(2):
             raise ValueError("it was written on a big-endian machine")
-        return {key.decode(): entry for key, entry in entries.items() if not key.startswith(b"\0")}, header[1]
+        entries = {key.decode(): entry for key, entry in entries.items()
+                   if not key.startswith(b"\0")}
+        return entries, header[1]
     except OSError:
         raise
-    except Exception as error:                             # damaged bytes lead anywhere
+    except Exception as error:                 # damaged bytes lead anywhere
         raise ValueError(f"{path} is not a whole TensorFlow index ({error_line(error)}): "
                          "get it again") from None
 
 
 def block(data, start, size):
-    """The (key, value) pairs of one block: each key is what it shares with the last one, and a rest."""
+    """The (key, value) pairs of one block: a key is what it shares with the last, and a rest."""
     body, tail = data[start:start + size], data[start + size:start + size + 5]
     if len(tail) < 5 or masked(crc32c(body + tail[:1])) != int.from_bytes(tail[1:], "little"):
         raise ValueError("a block's checksum is wrong")
@@ -184,26 +196,30 @@ def fields(data):
         else:
             raise ValueError(f"a protobuf field of kind {tag & 7}")
         number = tag >> 3
-        found[number] = [*found[number], value] if number in found else [value] if tag & 7 == 2 else value
+        if number in found:
+            found[number] = [*found[number], value]
+        else:
+            found[number] = [value] if tag & 7 == 2 else value
     return found
 
 
 def read_entry(index, name, entry, shards):
     """The tensor of one entry, from its shard."""
     if SLICES in entry:
-        raise ValueError(f"{index}: {plain(name)} is a partitioned variable, which Mesh-TensorFlow never "
-                         "writes; supported are whole ones")
+        raise ValueError(f"{index}: {plain(name)} is a partitioned variable, which Mesh-TensorFlow "
+                         "never writes; supported are whole ones")
     path = index.with_name(f"{index.stem}.data-{entry.get(SHARD, 0):05d}-of-{shards:05d}")
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}, which holds {plain(name)}: get it too")
+        raise FileNotFoundError(f"no {path.name} in {path.parent}, which holds "
+                                f"{plain(name)}: get it too")
     with open(path, "rb") as file:
         file.seek(entry.get(OFFSET, 0))
         data = file.read(min(entry.get(SIZE, 0), path.stat().st_size))
     if len(data) != entry.get(SIZE, 0) or masked(crc32c(data)) != entry.get(CHECKSUM, 0):
         raise ValueError(f"{path} is damaged: the checksum of {plain(name)} is wrong; get it again")
     if entry.get(DTYPE) not in BUNDLE_DTYPES:
-        raise ValueError(f"{index}: {plain(name)} is of TensorFlow's dtype {entry.get(DTYPE)}; supported: "
-                         f"{', '.join(map(str, BUNDLE_DTYPES.values()))}")
+        raise ValueError(f"{index}: {plain(name)} is of TensorFlow's dtype {entry.get(DTYPE)}; "
+                         f"supported: {', '.join(map(str, BUNDLE_DTYPES.values()))}")
     dims = fields(entry.get(SHAPE, [b""])[0]).get(2, [])
     try:
         return tensor_of(data, BUNDLE_DTYPES[entry[DTYPE]], [fields(dim).get(1, 0) for dim in dims])
@@ -211,10 +227,11 @@ def read_entry(index, name, entry, shards):
         raise ValueError(f"{index}: {plain(name)} has {error}") from None
 
 
-# The checksum is linear over bits: that of A then B is that of A, moved past as many zeros as B is long,
-# xor that of B.  So neighbours are merged, all pairs at once in numpy, then pairs of pairs, and so on.
+# The checksum is linear over bits: that of A then B is that of A, moved past as many zeros as B is
+# long, xor that of B.  So neighbours are merged, all pairs at once in numpy, then pairs of pairs,
+# and so on.
 
-CHUNK = 2**18                                              # words of 4 bytes that are merged at a time
+CHUNK = 2**18                                           # words of 4 bytes that are merged at a time
 
 
 def crc32c(data):
@@ -223,7 +240,7 @@ def crc32c(data):
         return by_bits(0xFFFFFFFF, data) ^ 0xFFFFFFFF
     words = -(-len(data) // 4)
     size = min(CHUNK, 1 << (words - 1).bit_length())
-    padded = np.zeros(-(-words // size) * size * 4, np.uint8)              # zeros before it change nothing
+    padded = np.zeros(-(-words // size) * size * 4, np.uint8)       # zeros before it change nothing
     padded[-len(data):] = np.frombuffer(data, np.uint8)
     padded[len(padded) - len(data):][:4] ^= 0xFF           # the checksum begins with 32 ones
     register = np.uint32(0)
@@ -246,14 +263,14 @@ def by_bits(register, data):
 
 
 def moved(words, level):
-    """Registers (uint32) moved past 4 * 2**level zero bytes: xor of a table for each of their halves."""
+    """Registers (uint32) moved past 4 * 2**level zero bytes: xor of a table for each half."""
     low, high = moving(level)
     return low[words & 0xFFFF] ^ high[words >> 16]
 
 
 @functools.cache
 def moving(level):
-    """The two tables, from where each bit alone goes: at level 0 by the definition, else moved twice."""
+    """The two tables, of where each bit goes: at level 0 by the definition, else moved twice."""
     bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
     images = (moved(moved(bits, level - 1), level - 1) if level else
               np.array([by_bits(int(bit), bytes(4)) for bit in bits], np.uint32))
