@@ -7,7 +7,9 @@ A source is a percent script (jupytext) in notebooks/source/.  Cells tagged "wro
 exercise, for the tests; they do not go into the notebook.  A cell tagged "interactive" keeps no output: it
 holds a slider, which a page cannot show; here its function is called once, without the widget, whose
 messages now and then leave nbclient waiting for ever.  The picture of the cell tagged "cover" also goes to
-notebooks/pictures/, for the README.  All code runs from top to bottom in a fresh kernel, in notebooks/.
+notebooks/pictures/, for the README.  A cell whose output is a picture says in `alt="..."` on its percent line
+what there is to see; `describe` puts this where readers look.  All code runs from top to bottom in a fresh
+kernel, in notebooks/.
 """
 
 import base64
@@ -46,7 +48,7 @@ def read(name):
     notebook = jupytext.read(HERE / "source" / f"{name}.py")
     notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "wrong")]
     for i, cell in enumerate(notebook.cells):
-        cell["id"] = f"{name[0]}-{i}"                      # the same at each build, so that diffs are small
+        cell["id"] = f"{name.split('_')[0]}-{i}"                   # the same at each build, so that diffs are small
     notebook.metadata = nbformat.from_dict({
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"}})
@@ -71,6 +73,23 @@ def execute(notebook):
     return notebook
 
 
+def describe(notebook):
+    """Give each picture among the outputs the alternative text of its cell.
+
+    IPython keeps it under metadata["image/png"]["alt"] (as IPython.display.Image(alt=...) does), VS Code reads
+    metadata["vscode_altText"], and readers without pictures show text/plain.  JupyterLab 4.6 and nbconvert 7.17
+    put no alternative text on a PNG output at all, whatever its metadata.
+    """
+    for cell in notebook.cells:
+        alt = cell.metadata.get("alt")
+        for output in cell.get("outputs", []) if alt else []:
+            if "image/png" in output.get("data", {}):
+                output.data["text/plain"] = alt
+                output.metadata.setdefault("image/png", {})["alt"] = alt
+                output.metadata["vscode_altText"] = alt
+    return notebook
+
+
 def cover(notebook):
     """The bytes of the picture that stands for the notebook."""
     return next(base64.b64decode(output.data["image/png"]) for cell in notebook.cells if tagged(cell, "cover")
@@ -80,7 +99,7 @@ def cover(notebook):
 def main(names):
     for name in names or NAMES:
         start = time.perf_counter()
-        notebook = execute(read(name))
+        notebook = describe(execute(read(name)))
         target = HERE / f"{name}.ipynb"
         nbformat.write(notebook, target)
         (HERE / "pictures").mkdir(exist_ok=True)

@@ -1,24 +1,134 @@
-"""What every notebook shares besides its pictures: checked exercises, official checkpoints if there is a network."""
+"""What every notebook shares besides its pictures: checked exercises, code shown with its place, official checkpoints."""
 
 import contextlib
+import inspect
+import os
 import socket
+import textwrap
+from pathlib import Path
 
+import torch
+from IPython.display import Code, Markdown, display
+
+HERE = Path(__file__).resolve().parent
 results = {}                                               # exercise -> was the answer right?
 
 
+def show(*objects):
+    """Show the source of classes, functions or methods of the project, each below a link to its lines."""
+    for shown in objects:
+        shown = getattr(shown, "fn", shown)                # a Triton kernel wraps its function
+        lines, first = inspect.getsourcelines(shown)
+        path = Path(inspect.getsourcefile(shown)).resolve()
+        first, name = max(first, 1), path.relative_to(HERE.parent).as_posix()
+        last = first + len(lines) - 1
+        link = Path(os.path.relpath(path, HERE)).as_posix()
+        display(Markdown(f"[{name}, lines {first} to {last}]({link}#L{first}-L{last})"),
+                Code(textwrap.dedent("".join(lines)).rstrip(), language="python"))
+
+
+# ---- exercises ----
+
 @contextlib.contextmanager
 def exercise(name):
-    """Run a check: say whether the answer above is right, and let the notebook go on either way."""
+    """Run a check: say in one line whether the answer above is right, and let the notebook go on either way."""
     results[name] = False
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        print(f"exercise {name}: not yet ({reason[0] if reason else type(error).__name__})")
+        reason = (str(error).strip().splitlines() or ["an assertion of the check does not hold"])[0]
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        print(f"exercise {name}: not yet. {kind}{shortened(reason)}")
     else:
         results[name] = True
         print(f"exercise {name}: right")
 
+
+def same(found, expected, case="", tolerance=0.0):
+    """Assert that an answer has the expected values, in whatever form it comes: list, tuple, tensor, numpy, number.
+
+    Numbers may differ by `tolerance` times the larger of 1 and the expected size.  One number may come as a tensor
+    with one element; other shapes must agree.  Of a dict, the first entry that differs is named; text and other
+    objects are compared by ==.  The AssertionError says in one line what came, what was expected and where.
+    """
+    where = f"{case}: " if case else ""
+    if found is None or found is ...:
+        assert expected is None, f"{where}nothing came (None), expected {spelled(expected)}"
+        return
+    if isinstance(expected, dict):
+        assert isinstance(found, dict), f"{where}came {spelled(found)}, expected a dict"
+        assert found.keys() == expected.keys(), (
+            f"{where}came the keys {spelled(list(found))}, expected {spelled(list(expected))}")
+        for key, value in expected.items():
+            same(found[key], value, f"{where}entry {key!r}", tolerance)
+        return
+    came, wanted = numbers(found), numbers(expected)
+    if wanted is None or came is None:
+        equal = as_list(found) == as_list(expected)
+        assert equal, f"{where}came {spelled(found)}, expected {spelled(expected)}"
+        return
+    if wanted.numel() == came.numel() == 1:
+        came, wanted = came.reshape(()), wanted.reshape(())
+    if came.shape != wanted.shape:
+        raise AssertionError(f"{where}came {spelled(found, came)}, expected {spelled(expected, wanted)}")
+    differ = ~torch.isclose(came, wanted, rtol=0, atol=0, equal_nan=True)
+    differ &= ~((came - wanted).abs() <= tolerance * wanted.abs().clamp(min=1))
+    if not differ.any():
+        return
+    if wanted.numel() <= 8:
+        raise AssertionError(f"{where}came {spelled(found, came)}, expected {spelled(expected, wanted)}")
+    place = differ.nonzero()[0].tolist()
+    raise AssertionError(f"{where}at {place} came {number(came[tuple(place)])}, expected "
+                         f"{number(wanted[tuple(place)])} ({int(differ.sum())} of {wanted.numel()} differ)")
+
+
+def as_list(value):
+    """Tuples, ranges and tensors as lists, all the way down, so that == does not ask for the form."""
+    if isinstance(value, torch.Tensor) or hasattr(value, "dtype"):
+        return value.tolist()
+    return [as_list(v) for v in value] if isinstance(value, (list, tuple, range)) else value
+
+
+def numbers(value):
+    """The numbers of an answer as a float64 tensor, or None if it is no number, list, tuple or tensor of numbers."""
+    try:
+        if isinstance(value, (list, tuple, range)):
+            rows = [numbers(v) for v in value]
+            return torch.stack(rows) if rows else torch.empty(0, dtype=torch.float64)
+        return torch.as_tensor(value).detach().cpu().to(torch.float64)
+    except (TypeError, ValueError, RuntimeError):          # text, ragged lists, complex numbers
+        return None
+
+
+def number(value):
+    """Of a 0-dim float64 tensor: 3.0 -> "3", 0.123456789 -> "0.123457"."""
+    value = value.item()
+    return str(int(value)) if value == int_or_none(value) else f"{value:.6g}"
+
+
+def int_or_none(value):
+    return int(value) if abs(value) < 1e15 else None       # neither NaN nor infinity
+
+
+def spelled(value, tensor=None):
+    """A value in at most one short line; of many numbers the shape alone."""
+    tensor = numbers(value) if tensor is None else tensor
+    if tensor is None:
+        return shortened(repr(value), 80)
+    if tensor.dim() == 0:
+        return number(tensor)
+    if tensor.numel() <= 8:
+        inside = [spelled(row) if row.dim() else number(row) for row in tensor]
+        return f"[{', '.join(inside)}]"
+    return f"{len(tensor)} numbers" if tensor.dim() == 1 else f"a shape of {tuple(tensor.shape)}"
+
+
+def shortened(text, most=300):
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most - 1]}…"
+
+
+# ---- official checkpoints ----
 
 def official(name, revision=None, **how):
     """(model, tokenizer) of a checkpoint on the hub, or None where it cannot be had right now."""
