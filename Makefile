@@ -13,7 +13,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo demo-jax finetune port test test-all test-diagnosis test-cpus notebooks clean
+.PHONY: demo demo-jax finetune port test test-all test-diagnosis test-cpus lab notebooks clean
 
 demo: .venv/run
 	@.venv/bin/python generate.py "HAMLET." --temperature 0.8 --top-p 0.9 --seed 1 --max-new-tokens 160
@@ -43,6 +43,9 @@ test-diagnosis: .venv/test
 
 test-cpus: .venv/test
 	.venv/bin/python tests/cpus.py
+
+lab: .venv/test
+	.venv/bin/jupyter lab notebooks
 
 notebooks: .venv/test
 	.venv/bin/python notebooks/build.py

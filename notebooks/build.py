@@ -48,7 +48,7 @@ def read(name):
     notebook = jupytext.read(HERE / "source" / f"{name}.py")
     notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "wrong")]
     for i, cell in enumerate(notebook.cells):
-        cell["id"] = f"{name.split('_')[0]}-{i}"                   # the same at each build, so that diffs are small
+        cell["id"] = f"{name.split('_')[0]}-{i}"           # the same at each build: small diffs
     notebook.metadata = nbformat.from_dict({
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"}})
@@ -76,9 +76,9 @@ def execute(notebook):
 def describe(notebook):
     """Give each picture among the outputs the alternative text of its cell.
 
-    IPython keeps it under metadata["image/png"]["alt"] (as IPython.display.Image(alt=...) does), VS Code reads
-    metadata["vscode_altText"], and readers without pictures show text/plain.  JupyterLab 4.6 and nbconvert 7.17
-    put no alternative text on a PNG output at all, whatever its metadata.
+    nbconvert's classic pages take it from metadata["image/png"]["alt"], where IPython.display.Image(alt=...)
+    puts it too; VS Code and readers without pictures take text/plain.  JupyterLab 4.6 and the lab pages of
+    nbconvert 7.17 give a PNG output no alternative text, whatever its metadata say.
     """
     for cell in notebook.cells:
         alt = cell.metadata.get("alt")
@@ -86,7 +86,6 @@ def describe(notebook):
             if "image/png" in output.get("data", {}):
                 output.data["text/plain"] = alt
                 output.metadata.setdefault("image/png", {})["alt"] = alt
-                output.metadata["vscode_altText"] = alt
     return notebook
 
 

@@ -20,6 +20,7 @@ matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("matplotlib.pyplot")
 ipywidgets = pytest.importorskip("ipywidgets")
 jupytext = pytest.importorskip("jupytext")
+nbconvert = pytest.importorskip("nbconvert")
 nbformat = pytest.importorskip("nbformat")
 sys.path.insert(0, str(ROOT / "notebooks"))
 import build  # noqa: E402
@@ -125,7 +126,7 @@ def test_shape(name):
 
 @converted
 def test_opening(name):
-    """Title with its number, a link to the glossary, and the minutes that a reader and the exercises need."""
+    """Title with its number, a link to the glossary, and the minutes that a reader and the exercises need, in the tables too."""
     notebook = committed(name)
     opening = notebook.cells[0].source
     assert opening.startswith(f"# {number_of(name)}. ") and "](README.md" in opening
@@ -136,7 +137,11 @@ def test_opening(name):
     assert claimed[0] % 5 == 0 and needed <= claimed[0] <= needed + 10, f"{needed:.0f} minutes of reading"
     exercise_minutes = [int(n) for n in re.findall(DIFFICULTY, "\n".join(markdown(notebook)), re.MULTILINE)]
     assert len(exercise_minutes) == len(exercises(name))
-    assert claimed[1:] == [sum(exercise_minutes)] if exercise_minutes else claimed[1:] == []
+    assert claimed[1:] == [sum(exercise_minutes)]
+    table = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"\({name}\.ipynb\) \| (\d+) \| (\d+) \|", table).groups() == tuple(map(str, claimed))
+    table = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"\(notebooks/{name}\.ipynb\) \| (\d+) \|", table)[1] == str(claimed[0])
 
 
 DIFFICULTY = r"^Difficulty [1-5] of 5 · (\d+) minutes"
@@ -181,22 +186,25 @@ def test_pictures_have_alternative_texts(name):
             if "image/png" in output.get("data", {}):
                 alt = cell.metadata.get("alt", "")
                 assert len(alt.split()) >= 5 and alt.endswith("."), f"no alt=\"…\" above {cell.source}"
-                assert output.metadata["image/png"]["alt"] == output.metadata["vscode_altText"] == alt, "make notebooks"
-                assert output.data["text/plain"] == alt
+                assert output.metadata["image/png"]["alt"] == output.data["text/plain"] == alt, "make notebooks"
     for text in markdown(committed(name)):
         assert all(len(alt.split()) >= 3 for alt in re.findall(r"!\[(.*?)\]\(", text))
         assert all(re.search(r'alt="[^"]{10,}"', tag) for tag in re.findall(r"<img.*?>", text, re.DOTALL))
 
 
 def test_alternative_texts_are_written():
-    """build.describe: into the metadata of pictures alone, and only where a cell has one."""
-    picture = lambda: nbformat.v4.new_output("display_data", {"image/png": "AA==", "text/plain": "<Figure>"})   # noqa: E731
-    cells = [nbformat.v4.new_code_cell(outputs=[picture(), nbformat.v4.new_output("stream", text="x")], metadata=metadata)
+    """build.describe: for pictures alone, only where a cell has one; a page that nbconvert makes of them has it."""
+    data = {"image/png": "AA==", "text/plain": "<Figure>"}
+    cells = [nbformat.v4.new_code_cell(metadata=metadata, outputs=[nbformat.v4.new_output("display_data", data),
+                                                                   nbformat.v4.new_output("stream", text="x")])
              for metadata in ({"alt": "A line goes up."}, {})]
-    with_alt, without = build.describe(nbformat.v4.new_notebook(cells=cells)).cells
-    assert with_alt.outputs[0].metadata == {"image/png": {"alt": "A line goes up."}, "vscode_altText": "A line goes up."}
+    notebook = build.describe(nbformat.v4.new_notebook(cells=cells))
+    with_alt, without = notebook.cells
+    assert with_alt.outputs[0].metadata == {"image/png": {"alt": "A line goes up."}}
     assert with_alt.outputs[0].data["text/plain"] == "A line goes up." and with_alt.outputs[1].text == "x"
     assert without.outputs[0].metadata == {} and without.outputs[0].data["text/plain"] == "<Figure>"
+    page, _ = nbconvert.HTMLExporter(template_name="classic").from_notebook_node(notebook)
+    assert re.findall(r'<img[^>]*alt="(.*?)"', page)[0] == "A line goes up."
 
 
 def claims():
