@@ -145,6 +145,7 @@ def arguments(argv):
     option("--dtype", choices=["float32", "bfloat16", "float16"],
            help="default float32; for attention on a GPU float16")
     option("--weights", choices=["int8", "int4"], default="int4", help="20b (default int4)")
+    option("--layers", type=int, metavar="N", help="20b: only so many of the 44 layers")
     option("--texts", metavar="DIR", default=".venv/texts",
            help="accuracy: Shakespeare's plays, which make .venv/texts gets (default .venv/texts)")
     option("--rounds", type=int, default=5, metavar="N", help="turns that each takes (default 5)")

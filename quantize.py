@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from files import shown
 
 BITS = {"int8": 8, "int4": 4}
+PAIR = {"int8": torch.int16, "int4": torch.int8}        # two integers side by side
 GROUP = {"int8": None, "int4": 64}      # columns that share scale and zero; None: a whole row
 LANES = 16                              # rows whose words lie side by side: one load of AVX-512, two of AVX2
 SLICE = 2**19                           # about so many numbers are packed or unpacked at once
@@ -38,6 +39,11 @@ FEW = 4                                 # with at most so many rows of x, few_ro
 PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}
 METHOD = "words-of-gpt-neo-and-neox-from-scratch"      # `quant_method` in config.json
 FILE = "quantized.safetensors"          # not model.safetensors, so that transformers refuses the folder
+
+# Half precision that this processor has no instructions for.  torch's product of a prompt takes 4 to 20 times
+# as long in it as in float32, so there the definition multiplies in float32.
+INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+SLOW = {dtype for dtype, name in INSTRUCTIONS.items() if not getattr(torch.ops.mkldnn, name, bool)()}
 
 # ------------------------------------------------------------------------------------------------
 # What the integers mean
@@ -66,19 +72,20 @@ def rows_at_once(K):
 def quantize_slice(w, kind):
     """quantize for float32 w (n, K), of so few rows that what is computed stays small."""
     bits, levels = BITS[kind], 2 ** BITS[kind] - 1
-    K, per = w.size(1), 32 // bits
-    group = GROUP[kind] or K + -K % per
-    w = torch.cat([w, w[:, -1:].expand(-1, -K % group)], 1)
-    w = F.pad(w, (0, 0, 0, -len(w) % LANES)).view(-1, LANES, w.size(1) // group, group)  # (b, 16, G, group)
-    zero, high = w.aminmax(dim=-1, keepdim=True)
+    N, K = w.shape
+    group = GROUP[kind] or K + -K % (32 // bits)
+    if K % group:
+        w = torch.cat([w, w[:, -1:].expand(-1, -K % group)], 1)
+    if N % LANES:
+        w = F.pad(w, (0, 0, 0, -N % LANES))
+    w = w.view(-1, LANES, w.size(1) // group, group)                           # (b, 16, G, group)
+    zero, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     if not (high - zero).isfinite().all():
         raise ValueError("it holds infinities, NaN or numbers beyond float32, which integers cannot stand for")
     scale = (high - zero) / levels
-    q = ((w - zero) / scale.masked_fill(scale == 0, 1)).round_().clamp_(0, levels).to(torch.int32)
-    q = q.view(len(w), LANES, -1, per)                                         # (b, 16, words, per)
-    words = q[..., 0].clone()
-    for place in range(1, per):
-        words |= q[..., place] << bits * place
+    q = (w - zero).div_(scale.masked_fill(scale == 0, 1)).round_().clamp_(0, levels)
+    pairs = q.flatten(2).to(torch.int16).view(torch.int32)         # two integers, 16 bits apart
+    words = (pairs | pairs >> 16 - bits).to(PAIR[kind]).view(torch.int32)
     return [x.transpose(1, 2).contiguous() for x in (words, scale.squeeze(-1), zero.squeeze(-1))]
 
 
@@ -176,12 +183,13 @@ class QuantizedLinear(nn.Module):
     def definition(self, x):
         """A few rows of the matrix at a time, so that they stay in the processor's cache."""
         step = self.out_features if torch.compiler.is_compiling() else rows_at_once(self.in_features)
+        dtype = torch.float32 if x.device.type == "cpu" and x.dtype in SLOW else x.dtype
         found = []
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
-            bias = None if self.bias is None else self.bias[rows]
-            found.append(F.linear(x, self.dequantize(x.dtype, rows), bias))
-        return torch.cat(found, -1)
+            bias = None if self.bias is None else self.bias[rows].to(dtype)
+            found.append(F.linear(x.to(dtype), self.dequantize(dtype, rows), bias))
+        return torch.cat(found, -1).to(x.dtype)
 
     def _apply(self, function, recurse=True):
         """What .half() and .to(dtype) call: scale and zero follow to another device, never to another dtype."""

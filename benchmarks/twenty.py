@@ -1,6 +1,7 @@
 """GPT-NeoX-20B: its true shape, with random weights of 4 or 8 bits, on a machine without a GPU.
 
     python benchmark.py 20b                       int4, a prompt of 128 tokens, 24 new ones
+    python benchmark.py 20b --layers 4            the same with 4 of the 44 layers, for a first look
 
 The folder has the official layout: config.json and an index of 46 shards in float16, 41 GB.  On the
 disk are only 2 GB, because the shards of all 44 layers are hard links to one file, which holds layer
@@ -8,24 +9,28 @@ disk are only 2 GB, because the shards of all 44 layers are hard links to one fi
 else is from_pretrained as it is: every layer is read, quantized and kept by itself.
 
 So the files come from the system's cache after the first layer, and the load time is that of
-quantizing.  A load of 41 GB from a disk takes at least their size over the disk's speed.
+quantizing.  Files on a disk cannot be loaded faster than it reads; that time is printed beside it.
+Every figure is printed as soon as it is known, so a run that is interrupted leaves those before it.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
 import load_weights
-from benchmarks.common import in_fresh_process
 from benchmarks.generation import bandwidth
 from benchmarks.shapes import SHAPES
+from generate import peak_memory
 from load_weights import AutoModelForCausalLM, official_state
 from neox import GPTNeoXForCausalLM
 from quantize import QuantizedLinear
@@ -62,41 +67,85 @@ def random_tensor(name, shape):
 
 def read_shard(path, apart=False, read=load_weights.read_tensors):
     """What load_weights.read_tensors yields, under the names that the index has for this shard."""
-    layer = int(path.name.split("-")[1]) - 2
+    _, number, _, count = path.stem.split("-")
     for name, tensor in read(path, apart):
-        yield name.replace(".layers.0.", f".layers.{layer}."), tensor
+        yield name.replace(".layers.0.", f".layers.{int(number) - 2}."), tensor
+    print(f"  shard {int(number)} of {int(count)}, memory so far {memory():.1f} GiB", flush=True)
 
 
-def measure(folder, kind, dtype, new_tokens):
-    """Load the folder, read a prompt, write new tokens: a dict of figures.  For a process of its own."""
-    load_weights.read_tensors = read_shard
+def memory():
+    """The most memory that this process has ever held, in GiB."""
+    return peak_memory(torch.device("cpu")) / 2**30
+
+
+def disk_rate(folder):
+    """Bytes a second of reading the largest file, or None where the system's cache cannot be emptied of it."""
+    path = max(Path(folder).glob("*.safetensors"), key=os.path.getsize)
+    with open(path, "rb", buffering=0) as file:
+        with contextlib.suppress(AttributeError):          # not every system has it
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            start = time.perf_counter()
+            while file.read(2**24):
+                pass
+            return os.path.getsize(path) / (time.perf_counter() - start)
+    return None
+
+
+def load(folder, kind, dtype, report):
+    """The model, with the time that loading took, and what bounded it."""
     wall, processor = time.perf_counter(), time.process_time()
-    model = AutoModelForCausalLM.from_pretrained(folder, weights=kind, torch_dtype=dtype)
-    found = {"load, seconds": time.perf_counter() - wall,
-             "load, seconds of one core": time.process_time() - processor}
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    found["bytes of a step"] = sum(b.nbytes for layer in layers for b in layer.buffers())
+    with mock.patch.object(load_weights, "read_tensors", read_shard):
+        model = AutoModelForCausalLM.from_pretrained(folder, weights=kind, torch_dtype=dtype)
+    report("load, seconds", time.perf_counter() - wall)
+    report("load, seconds of processor time", time.process_time() - processor)
+    report("peak of loading, GiB", memory())
+    return model
+
+
+def generate(model, new_tokens, report):
+    """Read a prompt and write new tokens -> tokens a second, the median."""
     ids = torch.randint(1, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    settings = Settings(max_new_tokens=new_tokens + 3, eos_token_id=None, pad_token_id=0)
     times = [time.perf_counter()]
-    for _ in stream(model, ids, settings=Settings(max_new_tokens=new_tokens + 2), compile=True):
+    # The last of all is left out: for a cache that is full the step is compiled once more.
+    for _ in itertools.islice(stream(model, ids, settings=settings, compile=True), new_tokens + 2):
         times.append(time.perf_counter())
+        seconds = times[-1] - times[-2]
+        if len(times) == 2:
+            report("prompt, tokens/s", PROMPT / seconds)
+        else:
+            print(f"  token {len(times) - 1} after {seconds:.2f} s", flush=True)
     seconds = [after - before for before, after in zip(times, times[1:])]
-    return found | {"prompt, tokens/s": PROMPT / seconds[0], "first compiled token, seconds": seconds[1],
-                    "tokens/s": 1 / statistics.median(seconds[2:]), "best, tokens/s": 1 / min(seconds[2:])}
+    report("first compiled token, seconds", seconds[1])
+    report("tokens/s", 1 / statistics.median(seconds[2:]))
+    report("tokens/s, the fastest", 1 / min(seconds[2:]))
+    return 1 / statistics.median(seconds[2:])
 
 
-def run(weights, dtype, new_tokens):
-    dtype = dtype or "bfloat16"
-    read = bandwidth()
+def run(weights, dtype, new_tokens, layers):
+    dtype, found = dtype or "bfloat16", {}
+    config = SHAPES["gpt-neox-20b"]
+    config = dataclasses.replace(config, num_hidden_layers=layers or config.num_hidden_layers)
+
+    def report(name, value):
+        found[name] = value
+        print(f"{name:40s} {value:8.2f}", flush=True)
+
+    print(f"\ngpt-neox-20b shape, {config.num_hidden_layers} layers, {weights}, the rest {dtype}", flush=True)
+    report("read bandwidth of the memory, GB/s", (read := bandwidth()) / 1e9)
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(SHAPES["gpt-neox-20b"], folder)
-        code = ("from benchmarks.twenty import measure\n"
-                f"found = measure({folder!r}, {weights!r}, {dtype!r}, {new_tokens})")
-        found = in_fresh_process(code, "found | {'peak, bytes': peak()}")
-    found["share of the bandwidth"] = found["bytes of a step"] * found["tokens/s"] / read
-    print(f"\ngpt-neox-20b shape, {weights}, the rest {dtype}; read bandwidth {read / 1e9:.1f} GB/s")
-    for name, value in found.items():
-        if "bytes" in name:
-            name, value = name.replace("bytes", "GiB"), value / 2**30
-        print(f"  {name:32s} {value:8.2f}", flush=True)
+        write_folder(config, folder)
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        report("the files as they would be, GB", size / 1e9)
+        if rate := disk_rate(folder):
+            report("read rate of the disk, GB/s", rate / 1e9)
+            report("least seconds to read the files", size / rate)
+        model = load(folder, weights, dtype, report)
+        step = sum(b.nbytes for layer in model.modules() if isinstance(layer, QuantizedLinear)
+                   for b in layer.buffers())
+        report("bytes of a step, GiB", step / 2**30)
+        speed = generate(model, new_tokens, report)
+    report("share of the bandwidth", step * speed / read)
+    report("peak memory, GiB", memory())
     return found

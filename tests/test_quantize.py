@@ -11,9 +11,11 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
+import benchmark
 import generate
 import load_weights
 import quantize
+import sampling
 import score
 from benchmarks import accuracy, twenty
 from benchmarks.common import in_fresh_process
@@ -185,6 +187,18 @@ def test_a_cast_of_the_model_leaves_the_integers_alone(kind, move):
     assert {name: getattr(layer, name).dtype for name in PARTS} == PARTS
     x = torch.randn(2, 70).to(layer.bias.dtype)
     assert layer(x).dtype == x.dtype
+
+
+def test_where_half_precision_is_slow_the_product_is_float32(monkeypatch):
+    """Closer to the exact one than a product in bfloat16 is, and still returned in bfloat16."""
+    layer = QuantizedLinear.of(nn.Linear(256, 50), "int4").bfloat16()
+    x = torch.randn(6, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = F.linear(x.float(), layer.dequantize(), layer.bias.float())
+    for slow in ({}, {torch.bfloat16}):
+        monkeypatch.setattr(quantize, "SLOW", slow)
+        assert torch.equal(layer(x), exact.bfloat16()) == bool(slow)
+        assert relative(layer(x), exact) < 6e-3
+    assert torch.float32 not in quantize.SLOW and quantize.INSTRUCTIONS.keys() >= quantize.SLOW
 
 
 def test_gradients_pass_through_to_the_input():
@@ -382,6 +396,52 @@ def test_a_slice_of_20b_is_the_naive_one_of_its_dequantized_weights(width, heads
         for layer in [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]:
             layer.forward = lambda x, layer=layer: F.linear(x, layer.dequantize(), layer.bias)
         assert relative(found, model(IDS).logits) < 1e-5
+
+
+@pytest.fixture
+def tiny_20b(monkeypatch):
+    """GPT-NeoX-20B's shape with a width of 64, decoded without the compiler."""
+    config = dataclasses.replace(OFFICIAL["gpt-neox-20b"], num_hidden_layers=3, hidden_size=64, num_attention_heads=2,
+                                 intermediate_size=256, vocab_size=509)
+    monkeypatch.setitem(OFFICIAL, "gpt-neox-20b", config)
+    monkeypatch.setattr(twenty, "bandwidth", lambda: 1e10)
+    monkeypatch.setattr(twenty, "stream", lambda *given, compile, **how: sampling.stream(*given, **how))
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_the_command_20b_prints_its_figures_as_they_come(layers, tiny_20b, capsys, tmp_path):
+    benchmark.main(["20b", "--new-tokens", "3", "--json", str(tmp_path / "found.json"),
+                    *(["--layers", str(layers)] if layers else [])])
+    found, out = json.loads((tmp_path / "found.json").read_text())["20b"], capsys.readouterr().out
+    assert all(value > 0 for value in found.values())
+    shown = [line for line in out.splitlines() if line[:40].rstrip() in found]
+    assert [line[:40].rstrip() for line in shown] == list(found)
+    count = layers or 3
+    assert f"{count} layers, int4" in out and f"shard {count + 2} of {count + 2}" in out and "token 5 after" in out
+    assert load_weights.read_tensors is not twenty.read_shard
+    sizes = {2: (64 * 12 * 64 * 2 + 64 * 512), 3: (64 * 12 * 64 * 3 + 64 * 512)}         # N is rounded up to 16
+    assert found["bytes of a step, GiB"] * 2**30 == sizes[count] * 5 / 8
+
+
+def test_what_was_found_is_printed_before_it_is_interrupted(tiny_20b, capsys, monkeypatch):
+    monkeypatch.setattr(twenty, "generate", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(["20b"])
+    out = capsys.readouterr().out
+    assert "load, seconds" in out and "bytes of a step" in out and "tokens/s" not in out
+
+
+def test_the_command_accuracy(capsys, monkeypatch, tmp_path):
+    """The demo checkpoints on texts of our own, and a small model in place of pythia-160m's shape."""
+    monkeypatch.setattr(accuracy, "read_plays", lambda folder: dict.fromkeys(accuracy.HELD_OUT, f"{folder} HAMLET.\nO!\n"))
+    monkeypatch.setitem(OFFICIAL, "pythia-160m", pythia(1, 16, 2))
+    benchmark.main(["accuracy", "--texts", "ACT I.", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["accuracy"]
+    assert [*found] == ["demo-neo", "demo-neox", "pythia-160m"] and all([*x] == [*BITS] for x in found.values())
+    for rows in found.values():
+        assert 0 < rows["int8"]["error"] < rows["int4"]["error"] < 0.2
+    assert len(found["demo-neo"]["int4"]["bits"]) == 2 and found["pythia-160m"]["int4"]["bits"] == []
+    assert sum(line.startswith("| ") for line in capsys.readouterr().out.splitlines()) == 1 + 6
 
 
 @pytest.mark.slow
