@@ -27,15 +27,16 @@ NAMES = sorted(path.stem for path in (HERE / "source").glob("*.py"))
 
 # Runs before the first cell, and is taken out again.
 WITHOUT_WIDGETS = """
-import inspect, ipywidgets
+import ipywidgets
 def interact(*function, **ranges):
+    import inspect                                         # the notebook's own names stay untouched
     def call(f):
         kept = {name: p.default for name, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
         f(**{name: values[0] for name, values in ranges.items() if name not in kept})
         return f
     return call(*function) if function else call
 ipywidgets.interact = interact
-del inspect, ipywidgets, interact
+del ipywidgets, interact
 """
 
 

@@ -8,6 +8,7 @@ PuOr around white.
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#666666"
@@ -16,7 +17,7 @@ COLOURS = [BLUE, RED, GREEN, PURPLE, ORANGE, SKY, YELLOW, GREY]
 plt.rcParams.update({
     "figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True, "font.size": 11,
     "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.25, "legend.frameon": False, "image.interpolation": "nearest",
+    "grid.alpha": 0.25, "legend.frameon": False, "image.interpolation": "auto",
     "axes.prop_cycle": plt.cycler(color=COLOURS), "lines.linewidth": 1.8})
 
 
@@ -26,8 +27,10 @@ def panels(n, width=9.0, height=3.4, **how):
     return list(axes[0])
 
 
-def matrix(values, title="", x="key", y="query", labels=None, axes=None, colours="viridis", bar=False, limits=None):
-    """A (rows, columns) tensor or a bool mask as an image; labels are written along both axes if they are few."""
+def matrix(values, title="", x="key", y="query", labels=None, axes=None, colours="viridis", bar=False, limits=None,
+           borders=False):
+    """A (rows, columns) tensor or a bool mask as an image.  Labels are written along both axes if they are few;
+    borders between the squares let a reader count them."""
     axes = axes or panels(1, 4.2, 3.8)[0]
     shown = torch.as_tensor(values).detach().float().cpu()
     low, high = limits or (None, None)
@@ -38,6 +41,10 @@ def matrix(values, title="", x="key", y="query", labels=None, axes=None, colours
     if labels is not None:
         axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    if borders:
+        for count, line in ((shown.shape[0], axes.axhline), (shown.shape[1], axes.axvline)):
+            for n in range(1, count):
+                line(n - 0.5, color=GREY, linewidth=0.6)
     if bar:
         axes.figure.colorbar(image, ax=axes, shrink=0.85)
     return axes
@@ -53,9 +60,19 @@ def curves(xs, lines, title="", x="", y="", axes=None, marker=None, log=""):
         axes.set_xscale("log")
     if "y" in log:
         axes.set_yscale("log")
+        readable_ticks(axes)
     if len(lines) > 1:
         axes.legend()
     return axes
+
+
+def readable_ticks(axes):
+    """Where a logarithmic y axis spans few powers of ten: 0.01, 0.02, 0.05 and so on, in plain numbers."""
+    low, high = axes.get_ylim()
+    if high / low < 1000:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def bars(names, values, title="", x="", axes=None, colour=BLUE):

@@ -31,7 +31,6 @@ NUMBERS = ["0", "1", "2", "3", "3b", "4", "5", "6", "6b"]
 SHORT = {"3", "3b", "6", "6b"}                             # their notebooks have at most 65 cells
 # Not yet in the form that every notebook is to have; empty in the end.
 UNCONVERTED = [
-    "1_gpt_neo",
     "2_gpt_neox",
     "3_triton_window",
     "4_weights_and_equivalence",
@@ -41,7 +40,7 @@ UNCONVERTED = [
 # (notebook, function): three times the arguments and what is then to be seen: texts of the picture or of what is
 # printed, or a function of the list of axes.
 SLIDERS = {
-    ("1_gpt_neo", "slider"): [
+    ("1_gpt_neo", "mask_of"): [
         (dict(T=24, W=6), ["visible(24, 24, 6): 129 scores"]),
         (dict(T=1, W=24), ["visible(1, 24, 24): 24 scores"]),
         (dict(T=3, W=2), ["visible(3, 24, 2): 6 scores", lambda axes: axes[0].images[0].get_array().sum() == 6]),
@@ -129,11 +128,12 @@ def test_opening(name):
     notebook = committed(name)
     opening = notebook.cells[0].source
     assert opening.startswith(f"# {number_of(name)}. ") and "](README.md" in opening
-    words = sum(len(text.split()) for text in markdown(notebook) if "<summary>" not in text)
+    text = re.sub(r"<details>.*?</details>", "", "\n".join(markdown(notebook)), flags=re.DOTALL)
+    words = len(text.split())
     read = [c for c in code(notebook) if not set(c.metadata.get("tags", [])) & {"stub", "check"}]
     needed = words / 180 + len(read) / 2
     claimed = [int(n) for n in re.findall(r"(\d+) minutes", opening)]         # of reading, of the exercises
-    assert claimed[0] % 5 == 0 and needed <= claimed[0] <= needed + 10, f"{needed:.0f} minutes of reading"
+    assert claimed[0] % 5 == 0 and needed <= claimed[0] <= 2 * needed, f"{needed:.0f} minutes of reading at least"
     exercise_minutes = [int(n) for n in re.findall(DIFFICULTY, "\n".join(markdown(notebook)), re.MULTILINE)]
     assert len(exercise_minutes) == len(exercises(name))
     assert claimed[1:] == [sum(exercise_minutes)]
@@ -231,7 +231,7 @@ def test_claims_are_held(name):
             assert re.search(rf"^def {found[2]}\(", (ROOT / found[1]).read_text(encoding="utf-8"), re.MULTILINE), holder
         elif not re.fullmatch(r"https?://\S+", holder):
             held = [c for c in code(notebook) if c.source.splitlines()[0].strip() == holder]
-            assert any("assert" in c.source for c in held), f"no cell with an assert begins with {holder}"
+            assert any(re.search(r"\bassert|\bsame\(", c.source) for c in held), f"no cell with an assert begins with {holder}"
 
 
 @converted
