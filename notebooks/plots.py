@@ -151,9 +151,19 @@ def differences(xs, lines, title="", x="", y="|difference| / |reference|", edge=
 
 
 def losses_without(losses, title=""):
-    """A bar for each part that a load left out; the name says by how much the loss moved."""
-    names = [f"{part}  {loss - losses['nothing']:+.4f}" for part, loss in losses.items()]
-    return bars(names, list(losses.values()), title, "loss on the speech, nats per token")
+    """By how much the loss moved for each part that a load left out, on a log axis; the colour says which way."""
+    moved = {part: loss - losses["nothing"] for part, loss in losses.items() if part != "nothing"}
+    axes = panels(1, 8.6, 0.27 * len(moved) + 1.2)[0]
+    for row, change in enumerate(moved.values()):
+        axes.plot(abs(change), row, marker="o" if change > 0 else "v", color=RED if change > 0 else BLUE)
+        axes.annotate(f"{change:+.4f}", (abs(change), row), (8, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(moved)), moved, fontsize=9)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="change of the loss on the speech, nats per token", xscale="log", xlim=(2e-4, 30))
+    axes.plot([], [], "o", color=RED, label="the loss rises")
+    axes.plot([], [], "v", color=BLUE, label="the loss falls")
+    axes.figure.legend(loc="outside right upper", fontsize=9)
+    return axes
 
 
 def ladder(groups, title="", x="|difference| / |reference|, logits", bounds=(), axes=None):
@@ -171,19 +181,6 @@ def ladder(groups, title="", x="|difference| / |reference|, logits", bounds=(), 
     axes.invert_yaxis()
     axes.set_xlabel(x)
     axes.set_title(title, pad=18 if bounds else 6)
-    axes.figure.legend(loc="outside right upper", fontsize=9)
-    return axes
-
-
-def dots(series, title="", y="|difference| / |reference|, logits", axes=None):
-    """Markers at named places on a log axis: series is {name: {place: value}}."""
-    axes = axes or panels(1, 8.6, 3.6)[0]
-    axes.set_yscale("log")
-    for i, (name, values) in enumerate(series.items()):
-        axes.plot(list(values), list(values.values()), label=name, linestyle="none", marker="os^D"[i % 4], fillstyle="none",
-                  markersize=max(5, 13 - 3.5 * i), markeredgewidth=1.6)
-    axes.set(title=title, ylabel=y)
-    axes.set_xticks(range(len(values)), [place.replace(" ", "\n") for place in values], fontsize=9)
     axes.figure.legend(loc="outside right upper", fontsize=9)
     return axes
 

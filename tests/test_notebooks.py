@@ -33,7 +33,6 @@ SHORT = {"3", "3b", "6", "6b"}                             # their notebooks hav
 UNCONVERTED = [
     "2_gpt_neox",
     "3_triton_window",
-    "4_weights_and_equivalence",
     "5_sampling",
     "6_finetuning",
 ]
@@ -45,7 +44,21 @@ SLIDERS = {
         (dict(T=1, W=24), ["visible(1, 24, 24): 24 scores"]),
         (dict(T=3, W=2), ["visible(3, 24, 2): 6 scores", lambda axes: axes[0].images[0].get_array().sum() == 6]),
     ],
+    ("4_weights_and_equivalence", "mistake_at"): [
+        (dict(mistake="window one too long", T=65), ["window one too long, T = 65", lambda axes: lasting(axes) == "00+++++"]),
+        (dict(mistake="window one too long", T=64), ["window one too long, T = 64", lambda axes: lasting(axes) == "0000000"]),
+        (dict(mistake="exact GELU for tanh", T=1), ["exact GELU for tanh, T = 1", lambda axes: lasting(axes) == "0++++++"]),
+    ],
 }
+
+
+def lasting(axes):
+    """For a line over the rows of a model, "0" for each row that lies on the floor of exact zeros, else "+"."""
+    heights = axes[0].lines[0].get_ydata()
+    labels = dict(zip(axes[0].get_yticks(), (label.get_text() for label in axes[0].get_yticklabels())))
+    return "".join("0" if labels.get(height) == "exactly 0" else "+" for height in heights)
+
+
 notebooks = pytest.mark.parametrize("name", build.NAMES)
 converted = pytest.mark.parametrize("name", [name for name in build.NAMES if name not in UNCONVERTED])
 
