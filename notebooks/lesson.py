@@ -9,9 +9,26 @@ from pathlib import Path
 
 import torch
 from IPython.display import Code, Markdown, display
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
 
 HERE = Path(__file__).resolve().parent
 results = {}                                               # exercise -> was the answer right?
+
+
+class Listing(Code):
+    """Python source whose colours and letters of one width stand in each element.
+
+    Pages that keep no style sheet of an output, such as a notebook that JupyterLab does not trust, show them too.
+    """
+
+    def _repr_html_(self):
+        return highlight(self.data, PythonLexer(), HtmlFormatter(noclasses=True, nobackground=True, prestyles=(
+            "font-family: monospace; line-height: 1.3; color: #000000; background-color: #f8f8f8; padding: 8px")))
+
+    def _repr_latex_(self):
+        return None
 
 
 def show(*objects):
@@ -24,7 +41,7 @@ def show(*objects):
         last = first + len(lines) - 1
         link = Path(os.path.relpath(path, HERE)).as_posix()
         display(Markdown(f"[{name}, lines {first} to {last}]({link}#L{first}-L{last})"),
-                Code(textwrap.dedent("".join(lines)).rstrip(), language="python"))
+                Listing(textwrap.dedent("".join(lines)).rstrip(), language="python"))
 
 
 # ---- exercises ----

@@ -349,6 +349,7 @@ def test_show_links_to_the_lines(monkeypatch):
         assert (name, path) == ("neo.py", "../neo.py")
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()[int(first) - 1:int(last)]
         assert textwrap.dedent("\n".join(lines)) == text.data
+    assert "font-family: monospace" in shown[1]._repr_html_() and "<style" not in shown[1]._repr_html_()
     assert shown[1].data.startswith("class Attention(") and shown[3].data.startswith("def forward(")
 
 
@@ -426,10 +427,38 @@ def test_runs_from_top_to_bottom(name):
     assert 1 < used() - before <= 180
 
 
+def as_list(x):
+    return x.tolist() if isinstance(x, (torch.Tensor, np.ndarray)) else list(map(as_list, x)) if isinstance(x, tuple) else x
+
+
+def as_tensor(x):
+    """float64, whatever the solution's dtype."""
+    return torch.as_tensor(x, dtype=torch.float64) if lesson.numbers(x) is not None else x
+
+
+def as_numpy(x):
+    return lesson.numbers(x).numpy() if lesson.numbers(x) is not None else x
+
+
+FORMS = [as_list, as_tensor, as_numpy]
+# Exercises whose answer the check computes with, so that its form is a part of the question.
+FORM_MATTERS = set()
+
+
+def wrap_functions(text, form, space):
+    """What the functions of an answer return, or each entry of it if it is a dict, comes in another form."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            answer = space[node.name]
+            space[node.name] = lambda *a, _answer=answer, **how: (
+                {key: form(value) for key, value in found.items()}
+                if isinstance(found := _answer(*a, **how), dict) else form(found))
+
+
 @pytest.mark.slow
 @notebooks
 def test_exercises(name, monkeypatch, as_before):
-    """Each stub and each wrong answer is rejected, each solution accepted."""
+    """Each stub and each wrong answer is rejected, each solution accepted, in every form in which it may come."""
     matplotlib.use("Agg")
     monkeypatch.chdir(ROOT / "notebooks")
     parts, done, space = exercises(name), 0, {"__name__": "__main__", "display": print}
@@ -442,6 +471,11 @@ def test_exercises(name, monkeypatch, as_before):
                 run(answer, f"{name} answer {number}", space)
                 run(check.source, f"{name} check {number}", space)
                 assert lesson.results[number] is right, answer
+            for form in FORMS if number not in FORM_MATTERS else ():
+                run(solution(text), f"{name} answer {number}", space)
+                wrap_functions(solution(text), form, space)
+                run(check.source, f"{name} check {number}", space)
+                assert lesson.results[number], f"exercise {number} refuses a right answer as {form.__name__}"
         elif not build.tagged(cell, "stub"):
             text = "\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!")))
             run(text, name, space)
