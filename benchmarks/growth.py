@@ -8,6 +8,7 @@ prompt.  GPT-Neo's local layers keep a window of 256 tokens, so half of its cach
 attention stops growing there.
 """
 
+import copy
 import statistics
 import tempfile
 from pathlib import Path
@@ -32,13 +33,13 @@ def run(dtype, rounds, new_tokens, plot):
         with tempfile.TemporaryDirectory() as folder:
             write(model, folder, dtype)
             players = {name: competitor(name, folder, dtype) for name in NAMES}
-            found["decode"][model] = {n: decoding(players, n, new_tokens, rounds) for n in CONTEXTS}
+            found["decode"][model] = decoding(players, new_tokens, rounds)
             found["cache"][model] = {n: cache_bytes(players, n, dtype) for n in CONTEXTS}
-            found["prefill"][model] = {T: prefill(players, T, rounds) for T in LENGTHS}
+            found["prefill"][model] = prefill(players, rounds)
             del players
             found["memory"][model] = {T: {name: peak(name, folder, dtype, T) for name in NAMES[1:]}
                                       for T in LENGTHS}
-    found["layer"] = {n: one_query(n, dtype, rounds) for n in CONTEXTS}
+    found["layer"] = one_query(dtype, rounds)
     report(found, name_of(dtype))
     if plot:
         draw(found, name_of(dtype), plot)
@@ -49,13 +50,26 @@ def prompt(T):
     return torch.randint(1, 50000, (1, T), generator=torch.Generator().manual_seed(0))
 
 
-def decoding(players, context, new_tokens, rounds):
-    """Seconds a token at this context, by turns."""
-    for player in players.values():
-        player.fill_cache(prompt(context), new_tokens)
-    runs = {name: lambda p=p: statistics.median(p.decode(new_tokens))
-            for name, p in players.items()}
-    return in_turns(runs, rounds)
+def by_turns(points, runs_at, rounds):
+    """{point: {name: figures}}.  In each round every name has its turn at every point, so that a
+    minute in which the machine is slow falls on all points and makes no bump in a curve."""
+    runs = {(point, name): run for point in points for name, run in runs_at(point).items()}
+    found = {point: {} for point in points}
+    for (point, name), figures in in_turns(runs, rounds).items():
+        found[point][name] = figures
+    return found
+
+
+def decoding(players, new_tokens, rounds):
+    """Seconds a token at each context."""
+    def runs_at(context):
+        # A shallow copy shares the weights and has a cache, and a compiled step, of its own.
+        filled = {name: copy.copy(player) for name, player in players.items()}
+        for player in filled.values():
+            player.fill_cache(prompt(context), new_tokens)
+        return {name: lambda p=p: statistics.median(p.decode(new_tokens))
+                for name, p in filled.items()}
+    return by_turns(CONTEXTS, runs_at, rounds)
 
 
 def cache_bytes(players, context, dtype):
@@ -67,10 +81,11 @@ def cache_bytes(players, context, dtype):
             "transformers": theirs}
 
 
-def prefill(players, T, rounds):
-    """Seconds of a prompt; compiling changes nothing there."""
-    runs = {name: seconds(lambda p=players[name]: p.prefill(prompt(T))) for name in NAMES[1:]}
-    return in_turns(runs, rounds)
+def prefill(players, rounds):
+    """Seconds of a prompt of each length; compiling changes nothing there."""
+    def runs_at(T):
+        return {name: seconds(lambda p=players[name]: p.prefill(prompt(T))) for name in NAMES[1:]}
+    return by_turns(LENGTHS, runs_at, rounds)
 
 
 PREFILL = """
@@ -85,15 +100,19 @@ def peak(name, folder, dtype, T):
     return in_fresh_process(PREFILL.format(name=name, folder=folder, dtype=name_of(dtype), T=T))
 
 
-def one_query(context, dtype, rounds, heads=12, width=64, window=256):
+def one_query(dtype, rounds, heads=12, width=64, window=256):
     """Seconds of one query's attention over the cache of a global and of a local layer."""
     q = torch.randn(1, heads, 1, width).to(dtype)
-    caches = {kind: torch.randn(1, heads, n, width).to(dtype) for kind, n in
-              (("global", context), ("local", min(window, context)))}
-    runs = {kind: seconds(lambda k=k: [attention(q, k, k, scale=1.0) for _ in range(50)])
-            for kind, k in caches.items()}
-    return {kind: [x / 50 for x in values]
-            for kind, values in in_turns(runs, max(rounds, 5)).items()}
+
+    def runs_at(context):
+        caches = {kind: torch.randn(1, heads, n, width).to(dtype) for kind, n in
+                  (("global", context), ("local", min(window, context)))}
+        return {kind: seconds(lambda k=k: [attention(q, k, k, scale=1.0) for _ in range(50)])
+                for kind, k in caches.items()}
+
+    found = by_turns(CONTEXTS, runs_at, max(rounds, 5))
+    return {n: {kind: [x / 50 for x in values] for kind, values in kinds.items()}
+            for n, kinds in found.items()}
 
 
 def report(found, dtype):

@@ -154,6 +154,16 @@ def test_memory_training_and_growth(tiny, capsys, tmp_path):
     assert "one query's attention" in capsys.readouterr().out
 
 
+def test_a_slow_minute_falls_on_all_points():
+    """growth.by_turns: each round goes through all names at all points before the next one begins."""
+    from benchmarks import growth
+    order = []
+    found = growth.by_turns((16, 300), lambda n: {name: lambda: order.append((n, name)) or len(order)
+                                                  for name in ("ours",)}, 2)
+    assert order == [(16, "ours"), (300, "ours")] * 3      # the first round warms up
+    assert found == {16: {"ours": [3, 5]}, 300: {"ours": [4, 6]}}
+
+
 @pytest.mark.slow
 def test_ceilings(tiny, capsys):
     found = tiny("ceilings")
