@@ -20,6 +20,7 @@ the S positions, and returns (B, H, T, D) in v's dtype.
 from __future__ import annotations  # tl.constexpr can be written without triton
 
 import functools
+import math
 import os
 import sys
 
@@ -123,7 +124,9 @@ def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dro
     is asked, ImportError for a backend whose package is missing.
     """
     check_shapes(q, k, v, window, key_mask)
-    backend = choose_backend(backend, return_weights)
+    asked, backend = backend, choose_backend(backend, return_weights)
+    if asked == "auto" and backend == "sdpa" and window_kernel_wins(q, k, v, window, dropout):
+        backend = "triton"
     options = dict(scale=scale, window=window, key_mask=key_mask, dropout=dropout, upcast=upcast)
     if backend == "naive":
         options |= dict(mask_twice=mask_twice, return_weights=return_weights)
@@ -131,7 +134,9 @@ def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dro
 
 
 def choose_backend(name="auto", return_weights=False):
-    """The name of the backend that will run: "auto" is decided here, any other name is checked.
+    """The name of the backend that will run.  "auto" is decided here, any other name is checked.
+
+    (On a GPU `attention` also takes triton for some calls of "auto", see window_kernel_wins.)
 
     Raises ValueError for an unknown name, or if a fused backend is asked for attention weights,
     which it never computes as a whole; ImportError if the backend's package is missing.  A backend
@@ -151,6 +156,20 @@ def choose_backend(name="auto", return_weights=False):
     if name == "flash":
         import_flash()
     return name
+
+
+def window_kernel_wins(q, k, v, window, dropout):
+    """Does "auto" take our own kernel here?
+
+    Yes for the prefill of a local layer in half precision on a GPU.  An H200 runs it 2 to 30 times
+    as fast as torch's kernels, which know no window, and its training step 1.6 to 13 times as fast
+    (benchmarks/README.md).  In float32 it has no tensor cores, and at one new token there is
+    nothing to save.  The derivatives of torch.func and forward mode are torch's kernels' alone.
+    """
+    return (q.is_cuda and triton is not None and window is not None and window < k.size(2)
+            and q.size(2) > 1 and q.size(3) <= 256 and not dropout
+            and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
+            and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active())
 
 
 def check_shapes(q, k, v, window, key_mask):
@@ -272,7 +291,7 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
         block 3                |  ▙   |▜     |
     """
     dtype = v.dtype
-    if upcast:
+    if upcast and not q.is_cuda:               # the GPU's kernels sum in float32 for every dtype
         q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
     T, S = q.size(-2), k.size(-2)
     if window is None or window >= S:
@@ -298,31 +317,42 @@ def fused(q, k, v, scale, window, key_mask, dropout):
         allowed = visible(T, S, window, q.device)                           # (T, S)
         if key_mask is not None:
             allowed = allowed & key_mask[:, None, None, :]                  # (B, 1, T, S)
+            # A query without a key reads all of them.  Its output means nothing, but it must be
+            # finite: for an empty row cuDNN's kernel gives every key and value a gradient of NaN.
+            allowed = allowed | ~allowed.any(-1, keepdim=True)
     options = dict(attn_mask=allowed, is_causal=allowed is None and square, scale=scale)
     plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
     if forward_ad._current_level >= 0 and not plain:       # jvp, jacfwd, linearize
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
+        return in_plain_operations(q, k, v, dropout_p=dropout, **options)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
-    return y if plain or dropout else DerivableTwice.apply(y, options, q, k, v)
+    if plain or dropout:
+        return y
+    return DerivableTwice.apply(y, functools.partial(in_plain_operations, **options), q, k, v)
+
+
+def in_plain_operations(q, k, v, **options):
+    """torch's scaled_dot_product_attention, composed of operations that have every derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class DerivableTwice(torch.autograd.Function):
-    """y, the result of torch's kernel, with a gradient that can be differentiated again.
+    """y, the result of a fused kernel, with a gradient that can be differentiated again.
 
     The kernels' own gradients cannot.  Where somebody wants to (create_graph=True, torch.func), the
-    gradient is that of torch's plain operations, and none goes into the kernel.
+    gradient is that of `plain`, the same function of q, k and v in torch's plain operations, and
+    none goes into the kernel.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y, options, q, k, v):
+    def forward(y, plain, q, k, v):
         return y.view_as(y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.options, *qkv = inputs
+        _, ctx.plain, *qkv = inputs
         ctx.save_for_backward(*qkv)
         ctx.dtype = output.dtype                           # under autocast not that of q, k and v
 
@@ -330,9 +360,9 @@ class DerivableTwice(torch.autograd.Function):
     def backward(ctx, grad):
         if not torch.is_grad_enabled():
             return grad, None, None, None, None
-        with sdpa_kernel(SDPBackend.MATH), torch._C._DisableAutocast():
-            _, pull = torch.func.vjp(lambda *qkv: F.scaled_dot_product_attention(
-                *(x.to(ctx.dtype) for x in qkv), **ctx.options), *ctx.saved_tensors)
+        with torch._C._DisableAutocast():
+            _, pull = torch.func.vjp(lambda *qkv: ctx.plain(*(x.to(ctx.dtype) for x in qkv)),
+                                     *ctx.saved_tensors)
             return None, None, *pull(grad)
 
 
@@ -414,6 +444,15 @@ def readable(KEY_MASK, batch, j, end, S):
 
 
 @jit
+def shrink(SHRINK):
+    """By what the gradients are multiplied, because `magnified` has made do larger."""
+    factor = 1.0
+    if SHRINK is not None:
+        factor = tl.load(SHRINK)
+    return factor
+
+
+@jit
 def forward_kernel(Q, K, V, KEY_MASK, O, M, L, q_strides, k_strides, v_strides, o_strides,
                    H, T, S, window, scale,
                    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
@@ -459,7 +498,7 @@ def forward_kernel(Q, K, V, KEY_MASK, O, M, L, q_strides, k_strides, v_strides, 
 # large numbers: their rounding cancels only if delta is summed from the same dp.
 @jit
 def dq_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DQ,
-              q_strides, k_strides, v_strides, do_strides, dq_strides, H, T, S, window, scale,
+              q_strides, k_strides, v_strides, do_strides, dq_strides, H, T, S, window, scale, SHRINK,
               D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """delta and dq of ROWS queries, in two sweeps over their keys."""
     batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
@@ -497,13 +536,13 @@ def dq_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DQ,
                 dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
 
     tl.store(DELTA + line, delta, mask=row < T)
-    store(DQ, dq_strides, batch, head, first, row < T, dq * scale, D, D_PAD)
+    store(DQ, dq_strides, batch, head, first, row < T, dq * scale * shrink(SHRINK), D, D_PAD)
 
 
 @jit
 def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
                q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
-               H, T, S, window, scale,
+               H, T, S, window, scale, SHRINK,
                D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """dk and dv of ROWS keys, one key a row; the queries that read them come COLS at a time."""
     batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
@@ -537,36 +576,33 @@ def dkv_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DK, DV,
         ds = p * (dp - delta[None, :])
         dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
 
-    store(DK, dk_strides, batch, head, first, j < S, dk * scale, D, D_PAD)
-    store(DV, dv_strides, batch, head, first, j < S, dv, D, D_PAD)
+    store(DK, dk_strides, batch, head, first, j < S, dk * scale * shrink(SHRINK), D, D_PAD)
+    store(DV, dv_strides, batch, head, first, j < S, dv * shrink(SHRINK), D, D_PAD)
 
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
-# ROWS, COLS and warps of each kernel, by D_PAD: the largest that ptxas compiled without spilling
-# registers to memory (python benchmark.py kernels).  They have not been timed on a GPU.  float32
-# uses no tensor cores and needs small tiles: 16 × 16, with the warps of the second table.
-BLOCKS = {
-    forward_kernel: {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
-    dq_kernel:      {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
-    dkv_kernel:     {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
+# ROWS, COLS, warps and stages of each kernel, by the padded width of a head: of the tiles that need
+# no more registers than there are (python benchmark.py kernels), those that were fastest on an
+# H200.  256 has not been timed, nor has 128 in float32, which uses no tensor cores.
+HALF = {
+    forward_kernel: {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    dq_kernel:      {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
+    dkv_kernel:     {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
 }
-WARPS_FLOAT32 = {
-    forward_kernel: {64: 4, 128: 8, 256: 8},
-    dq_kernel:      {64: 8, 128: 4, 256: 4},
-    dkv_kernel:     {64: 4, 128: 4, 256: 8},
+FLOAT32 = {
+    forward_kernel: {64: (32, 32, 4, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)},
+    dq_kernel:      {64: (32, 32, 4, 1), 128: (16, 16, 4, 2), 256: (16, 16, 4, 2)},
+    dkv_kernel:     {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
 }
 
 
 def block_sizes(kernel, D, dtype):
     """Sizes of a kernel's tiles for heads D wide: keyword arguments of its launch."""
     D_PAD = max(16, 1 << (D - 1).bit_length())                             # what tl.dot multiplies
-    rows, cols, warps = BLOCKS[kernel][max(64, D_PAD)]
-    if dtype == torch.float32:
-        rows, cols, warps = 16, 16, WARPS_FLOAT32[kernel][max(64, D_PAD)]
-    one_stage = kernel is dkv_kernel and (dtype == torch.float32 or D_PAD == 256)  # two would spill
-    return dict(D=D, D_PAD=D_PAD, ROWS=rows, COLS=cols, num_warps=warps,
-                num_stages=1 if one_stage else 2)
+    tiles = (FLOAT32 if dtype == torch.float32 else HALF)[kernel]
+    rows, cols, warps, stages = tiles[max(64, D_PAD)]
+    return dict(D=D, D_PAD=D_PAD, ROWS=rows, COLS=cols, num_warps=warps, num_stages=stages)
 
 
 def launch(kernel, rows, q, arguments):
@@ -605,13 +641,27 @@ def triton_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq (B, H, T, D), dk and dv (B, H, S, D) from the gradient do (B, H, T, D)."""
     (_, H, T, _), S = q.shape, k.size(2)
+    do, shrink = magnified(do) if do.dtype == torch.float16 else (do, None)
     do = do if do.stride(-1) == 1 else do.contiguous()
     delta, dq, dk, dv = (torch.empty_like(x) for x in (m, q, k, v))
     inputs = (q, k, v, key_mask, do, m, l, delta)
-    strides, sizes = [x.stride() for x in (q, k, v, do)], (H, T, S, window, scale)
+    strides, sizes = [x.stride() for x in (q, k, v, do)], (H, T, S, window, scale, shrink)
     launch(dq_kernel, T, q, (*inputs, dq, *strides, dq.stride(), *sizes))
     launch(dkv_kernel, S, q, (*inputs, dk, dv, *strides, dk.stride(), dv.stride(), *sizes))
     return dq, dk, dv
+
+
+def magnified(do):
+    """do times a power of two, and the inverse of that power as a tensor.
+
+    float16 has few bits left for numbers below 6e-5, so that ds would lose most of a small
+    gradient.  The largest element becomes at least 1/4; where it is that large, nothing changes.
+    Powers of two multiply without rounding.
+    """
+    _, exponent = torch.frexp(torch.linalg.vector_norm(do, math.inf, dtype=torch.float32))
+    steps = (-1 - exponent).clamp(min=0)
+    one = torch.ones((), device=do.device)
+    return do * torch.ldexp(one, steps), torch.ldexp(one, -steps)
 
 
 @triton_backward.register_fake
@@ -625,7 +675,15 @@ def save_for_backward(ctx, inputs, output):
 
 
 def run_backward(ctx, do, dm, dl):
-    return *triton_backward(*ctx.saved_tensors, do, ctx.scale, ctx.window), None, None, None
+    """dq, dk, dv; by the definition where somebody wants to differentiate them (create_graph)."""
+    q, k, v, key_mask, m, l = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        plain = functools.partial(naive, scale=ctx.scale, window=ctx.window, key_mask=key_mask,
+                                  upcast=True)
+        gradients = torch.func.vjp(plain, q, k, v)[1](do)
+    else:
+        gradients = triton_backward(q, k, v, key_mask, m, l, do, ctx.scale, ctx.window)
+    return *gradients, None, None, None
 
 
 triton_forward.register_autograd(run_backward, setup_context=save_for_backward)

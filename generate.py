@@ -246,7 +246,7 @@ def status(model, name, backend, counts):
     name, backend: as they were asked for; counts: what print_texts returned.
     """
     prompt, prompt_seconds, new, new_seconds = (sum(column) for column in zip(*counts))
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend) if model.device.type == "cpu" else backend   # see `attention`
     backend = f"{chosen} ({backend})" if chosen != backend else chosen
     speed = f"{new / new_seconds:.0f} tokens/s" if new else "no more"
     return (f"{os.path.basename(os.path.normpath(name))}"

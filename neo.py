@@ -20,7 +20,7 @@ With attn_implementation="naive" the results are transformers' own, to the last 
 import torch
 import torch.nn as nn
 
-from attention import attention, choose_backend
+from attention import attention
 from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, as_usual, check_inputs, key_mask_of,
                   next_token_loss)
 from configs import GPTNeoRules, frozen
@@ -180,7 +180,7 @@ class GPTNeoModel(PreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device)[None]
         how = {"key_mask": key_mask_of(attention_mask, B, past + T), "cache": cache,
-               "backend": choose_backend(self.attn_implementation, output_attentions),
+               "backend": self.attn_implementation,
                "return_weights": output_attentions}
 
         x = self.dropout(x + self.pos_embed(position_ids))

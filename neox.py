@@ -21,7 +21,7 @@ With attn_implementation="naive" the results are transformers' own, to the last 
 import torch
 import torch.nn as nn
 
-from attention import attention, choose_backend
+from attention import attention
 from base import (ACTIVATIONS, ModelOutput, PreTrainedModel, as_usual, check_inputs, key_mask_of,
                   next_token_loss)
 from configs import GPTNeoXRules, frozen
@@ -210,7 +210,7 @@ class GPTNeoXModel(PreTrainedModel):
         cos, sin = rotary_tables(position_ids, self.config.rotary_ndims,
                                  self.config.rotary_emb_base, x.dtype)
         how = {"key_mask": key_mask_of(attention_mask, B, past + T), "cache": cache,
-               "backend": choose_backend(self.attn_implementation, output_attentions),
+               "backend": self.attn_implementation,
                "return_weights": output_attentions, "cos": cos, "sin": sin}
 
         hidden_states, attentions = [], []

@@ -19,8 +19,11 @@ from benchmarks.common import COLOURS, name_of, pyplot
 from files import error_line
 
 
-def flex(q, k, v, *, scale, window=None):
-    """torch's FlexAttention, compiled, with `visible` as a mask_mod (T = S)."""
+def flex(q, k, v, *, scale, window=None, upcast=False):
+    """torch's FlexAttention, compiled, with `visible` as a mask_mod (T = S).
+
+    `upcast` changes nothing, since it sums in float32 for every dtype.
+    """
     from torch.nn.attention.flex_attention import flex_attention
     compiled = torch.compile(flex_attention, dynamic=False)
     return compiled(q, k, v, block_mask=block_mask(q.size(2), window, str(q.device)), scale=scale)

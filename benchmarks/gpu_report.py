@@ -39,6 +39,7 @@ def markdown(report):
                                  for part in report["parts"] for x in part["rows"]
                                  if not x["right"]))
     yield from largest(report)
+    yield from whole_models(report)
     yield from timing_tables(report)
     if "plot" in report:
         yield f"\nPlot: {report['plot']}."
@@ -78,6 +79,18 @@ def largest(report):
 def timings(report):
     """All rows that are times."""
     return [x for part in report["parts"] for x in part["rows"] if "backend" in x]
+
+
+def whole_models(report):
+    """A table of whole models: a row for each shape and what was timed."""
+    rows = [x for part in report["parts"] for x in part["rows"] if "shape" in x]
+    if rows:
+        yield "\n## Whole models, one text: milliseconds\n"
+        yield "| model | what | naive | auto |\n|---|---|---|---|"
+    for shape, kind in dict.fromkeys((x["shape"], x["kind"]) for x in rows):
+        took = {x["attention"]: f"{x['figure']:.2f}" for x in rows
+                if (x["shape"], x["kind"]) == (shape, kind)}
+        yield f"| {shape} | {kind} | {took.get('naive', '–')} | {took.get('auto', '–')} |"
 
 
 def timing_tables(report):

@@ -51,7 +51,7 @@ def source(kernel, dtype, D, padded):
     for n, name in enumerate(kernel.arg_names):
         if name in sizes:
             signature[name], constants[n,] = "constexpr", sizes[name]
-        elif name == "KEY_MASK" and not padded:
+        elif name == "KEY_MASK" and not padded or name == "SHRINK" and dtype != "fp16":
             signature[name], constants[n,] = "constexpr", None
         elif name.endswith("_strides"):
             signature[name], constants[n, 3] = ("i32", "i32", "i32", "constexpr"), 1
@@ -61,7 +61,8 @@ def source(kernel, dtype, D, padded):
         elif name == "scale":
             signature[name] = "fp32"
         else:                                              # a tensor
-            kind = {"KEY_MASK": "i1", "M": "fp32", "L": "fp32", "DELTA": "fp32"}.get(name, dtype)
+            kind = {"KEY_MASK": "i1", "M": "fp32", "L": "fp32", "DELTA": "fp32",
+                    "SHRINK": "fp32"}.get(name, dtype)
             signature[name], attributes[n,] = f"*{kind}", aligned
     return ASTSource(kernel, signature, constants, attributes), options
 

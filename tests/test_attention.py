@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import attention as A
 from attention_cases import odd_case, odd_mask, readers
@@ -117,6 +118,58 @@ def test_a_row_that_may_read_nothing_is_finite(backend):
         out = A.attention(q, k, v, scale=1.0, window=5, key_mask=key_mask, backend=backend)
         out[:, :, 90:].sum().backward()
         assert all(x.isfinite().all() for x in (out, q.grad, k.grad, v.grad))
+
+
+def test_no_query_of_the_fused_kernel_is_without_a_key(monkeypatch):
+    """On an H200 cuDNN's kernel gives NaN gradients to every key and value if one query has none."""
+    masks, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **how: (masks.append(how["attn_mask"]), kernel(*args, **how))[1])
+    q, k, v = (torch.randn(2, 1, n, 8) for n in (70, 100, 100))
+    key_mask = torch.arange(100)[None] >= torch.tensor([[90], [0]])
+    for window in (None, 1, 5, 64):
+        A.attention(q, k, v, scale=1.0, window=window, key_mask=key_mask, backend="sdpa")
+    assert len(masks) > 4 and all(mask.any(-1).all() for mask in masks)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({}, "triton"), (dict(window=None), "sdpa"), (dict(window=40), "sdpa"), (dict(T=1), "sdpa"),
+    (dict(dtype=torch.float32), "sdpa"), (dict(dtype=torch.bfloat16), "triton"), (dict(D=300), "sdpa"),
+    (dict(dropout=0.1), "sdpa"), (dict(backend="sdpa"), "sdpa"), (dict(weights=True), "naive"),
+    (dict(cpu=True), "sdpa"), (dict(triton=None), "sdpa")], ids=str)
+def test_auto_on_a_gpu(monkeypatch, change, expected):
+    """It takes the kernel that knows the window where that was measured to be faster."""
+    case = dict(window=8, T=20, D=4, dtype=torch.float16, dropout=0.0, backend="auto", weights=False,
+                cpu=False, triton=A.triton or "imported") | change
+    monkeypatch.setattr(A, "triton", case["triton"])
+    monkeypatch.setattr(A, "BACKENDS", {name: lambda *_, name=name, **how: name for name in A.BACKENDS})
+    q, k = (torch.zeros(1, 1, n, case["D"], dtype=case["dtype"]).as_subclass(
+        torch.Tensor if case["cpu"] else OnGPU) for n in (case["T"], 40))
+    assert A.attention(q, k, k, scale=1.0, window=case["window"], dropout=case["dropout"],
+                       backend=case["backend"], return_weights=case["weights"]) == expected
+
+
+def test_auto_leaves_the_derivatives_of_functions_to_torch(monkeypatch):
+    """torch.func and forward mode go through torch's kernels, on a GPU too."""
+    taken = []
+    monkeypatch.setattr(A, "triton", A.triton or "imported")
+    monkeypatch.setattr(A, "BACKENDS", {name: lambda q, *_, name=name, **how: (taken.append(name), q * 2)[1]
+                                        for name in A.BACKENDS})
+
+    def function(x):
+        q = x.half().as_subclass(OnGPU)
+        return A.attention(q, q, q, scale=1.0, window=3).sum()
+
+    x = torch.ones(1, 1, 9, 4)
+    torch.func.grad(function)(x)
+    torch.func.jvp(function, (x,), (x,))
+    function(x)
+    assert taken == ["sdpa", "sdpa", "triton"]
 
 
 def test_dispatch():

@@ -193,13 +193,15 @@ def test_the_gpu_command_works_at_small_sizes(monkeypatch, tmp_path):
     """A few cases of each part, and what is written about them."""
     pytest.importorskip("matplotlib")
     every = dict(backends=2, models=4, generation=99, compiled=99, training=9, timings=1, flex=99)
+    every["whole models"] = 4
     monkeypatch.setattr(gpu, "PARTS", [few(part, every[part[0]]) for part in gpu.PARTS])
     report = gpu_on_cpu(tmp_path)
     assert [part["name"] for part in report["parts"]] == ["backends", "models", "generation",
-                                                          "training", "timings"]
+                                                          "training", "whole models", "timings"]
     assert all(part["rows"] and part["left_out"] == [] for part in report["parts"])
     page = (tmp_path / "gpu.md").read_text()
     assert "## global layer, forward and backward: milliseconds (share of the bandwidth" in page
+    assert "## Whole models, one text: milliseconds" in page and "| gpt-neo-125m | a prompt | " in page
     assert "* models, 2 cases: flash: it needs a GPU" in page
     assert "Plot: the plot is gpu.png." in page
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
