@@ -125,7 +125,7 @@ def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dro
     """
     check_shapes(q, k, v, window, key_mask)
     asked, backend = backend, choose_backend(backend, return_weights)
-    if asked == "auto" and backend == "sdpa" and window_kernel_wins(q, k, v, window, dropout):
+    if asked == "auto" and backend == "sdpa" and our_kernel_wins(q, k, v, dropout, upcast):
         backend = "triton"
     options = dict(scale=scale, window=window, key_mask=key_mask, dropout=dropout, upcast=upcast)
     if backend == "naive":
@@ -136,7 +136,7 @@ def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dro
 def choose_backend(name="auto", return_weights=False):
     """The name of the backend that will run.  "auto" is decided here, any other name is checked.
 
-    (On a GPU `attention` also takes triton for some calls of "auto", see window_kernel_wins.)
+    (On a GPU `attention` also takes triton for some calls of "auto", see our_kernel_wins.)
 
     Raises ValueError for an unknown name, or if a fused backend is asked for attention weights,
     which it never computes as a whole; ImportError if the backend's package is missing.  A backend
@@ -158,17 +158,18 @@ def choose_backend(name="auto", return_weights=False):
     return name
 
 
-def window_kernel_wins(q, k, v, window, dropout):
-    """Does "auto" take our own kernel here?
+def our_kernel_wins(q, k, v, dropout, upcast):
+    """Does "auto" take the Triton kernel here?
 
-    Yes for the prefill of a local layer in half precision on a GPU.  An H200 runs it 2 to 30 times
-    as fast as torch's kernels, which know no window, and its training step 1.6 to 13 times as fast
-    (benchmarks/README.md).  In float32 it has no tensor cores, and at one new token there is
-    nothing to save.  The derivatives of torch.func and forward mode are torch's kernels' alone.
+    Yes for GPT-Neo's prefill in half precision on a GPU.  torch's kernels must compute that in
+    float32 (`upcast`) and know no window: on an H200 ours was 2 to 29 times as fast forward, and
+    0.8 (256 tokens) to 12 times with the backward pass (benchmarks/README.md).  In float32 it has
+    no tensor cores, and one new token was not measured.  torch.func and forward mode work through
+    torch's kernels alone.
     """
-    return (q.is_cuda and triton is not None and window is not None and window < k.size(2)
-            and q.size(2) > 1 and q.size(3) <= 256 and not dropout
+    return (q.is_cuda and triton is not None and upcast and q.size(2) > 1 and q.size(3) <= 256
             and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
+            and not dropout and not torch.compiler.is_compiling()
             and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active())
 
 
@@ -291,7 +292,7 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
         block 3                |  ▙   |▜     |
     """
     dtype = v.dtype
-    if upcast and not q.is_cuda:               # the GPU's kernels sum in float32 for every dtype
+    if upcast:
         q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
     T, S = q.size(-2), k.size(-2)
     if window is None or window >= S:
@@ -498,7 +499,8 @@ def forward_kernel(Q, K, V, KEY_MASK, O, M, L, q_strides, k_strides, v_strides, 
 # large numbers: their rounding cancels only if delta is summed from the same dp.
 @jit
 def dq_kernel(Q, K, V, KEY_MASK, DO, M, L, DELTA, DQ,
-              q_strides, k_strides, v_strides, do_strides, dq_strides, H, T, S, window, scale, SHRINK,
+              q_strides, k_strides, v_strides, do_strides, dq_strides,
+              H, T, S, window, scale, SHRINK,
               D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """delta and dq of ROWS queries, in two sweeps over their keys."""
     batch, head = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)

@@ -477,9 +477,13 @@ def milliseconds_a_token(model, ids, new_tokens, compile):
     return statistics.median(between[min(8, len(between) // 2):]) * 1e3    # the first ones compile
 
 
+# Whether it is local, and whether scores are computed in at least float32: as models call it.
+LAYERS = {"local": (True, True), "global": (False, True), "GPT-NeoX": (False, False)}
+
+
 def timing_cases(sizes, names=("naive", "sdpa", "triton", "flash")):
     """(T, layer, backward, backend), the most telling lengths first."""
-    return list(itertools.product(sizes.lengths, ("local", "global"), (False, True), names))
+    return list(itertools.product(sizes.lengths, LAYERS, (False, True), names))
 
 
 def flex_cases(sizes):
@@ -494,7 +498,7 @@ def least(T, B, layer, backward, dtype, sizes):
     five backward.
     """
     H, D, W = sizes.timed
-    pairs = sum(min(i + 1, W if layer == "local" else T) for i in range(T))
+    pairs = sum(min(i + 1, W if LAYERS[layer][0] else T) for i in range(T))
     tensors, products = (4 + 8, 2 + 5) if backward else (4, 2)
     return tensors * B * H * T * D * dtype.itemsize, products * B * H * pairs * 2 * D
 
@@ -502,15 +506,14 @@ def least(T, B, layer, backward, dtype, sizes):
 def time_backend(case, device, sizes):
     """Milliseconds of one layer; a backend that errs is not timed and is reported as wrong."""
     T, layer, backward, backend = case
-    (H, D, W), device = sizes.timed, torch.device(device)
+    (H, D, W), device, (local, upcast) = sizes.timed, torch.device(device), LAYERS[layer]
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     B = max(1, sizes.batch_tokens // T)
     if backend == "flex":
         torch.compiler.reset()                             # it is compiled for each length
     tensors = backends.inputs(B, H, T, D, dtype, device)
     result = backends.measure(backend, *tensors, backward, sizes.patience, scale=D ** -0.5,
-                              window=W if layer == "local" else None,
-                              upcast=layer == "local")     # local layers are GPT-Neo's
+                              window=W if local else None, upcast=upcast)
     title = f"{backend} T={T} {layer} {'forward and backward' if backward else 'forward'}"
     if isinstance(result, str):
         if (backend in ("flash", "flex") or result.startswith(("out of memory", "interpreted"))

@@ -138,20 +138,21 @@ class OnGPU(torch.Tensor):
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({}, "triton"), (dict(window=None), "sdpa"), (dict(window=40), "sdpa"), (dict(T=1), "sdpa"),
+    ({}, "triton"), (dict(window=None), "triton"), (dict(upcast=False), "sdpa"), (dict(T=1), "sdpa"),
     (dict(dtype=torch.float32), "sdpa"), (dict(dtype=torch.bfloat16), "triton"), (dict(D=300), "sdpa"),
     (dict(dropout=0.1), "sdpa"), (dict(backend="sdpa"), "sdpa"), (dict(weights=True), "naive"),
     (dict(cpu=True), "sdpa"), (dict(triton=None), "sdpa")], ids=str)
 def test_auto_on_a_gpu(monkeypatch, change, expected):
-    """It takes the kernel that knows the window where that was measured to be faster."""
+    """It takes our own kernel where that was measured to be faster."""
     case = dict(window=8, T=20, D=4, dtype=torch.float16, dropout=0.0, backend="auto", weights=False,
-                cpu=False, triton=A.triton or "imported") | change
+                cpu=False, upcast=True, triton=A.triton or "imported") | change
     monkeypatch.setattr(A, "triton", case["triton"])
     monkeypatch.setattr(A, "BACKENDS", {name: lambda *_, name=name, **how: name for name in A.BACKENDS})
     q, k = (torch.zeros(1, 1, n, case["D"], dtype=case["dtype"]).as_subclass(
         torch.Tensor if case["cpu"] else OnGPU) for n in (case["T"], 40))
     assert A.attention(q, k, k, scale=1.0, window=case["window"], dropout=case["dropout"],
-                       backend=case["backend"], return_weights=case["weights"]) == expected
+                       backend=case["backend"], upcast=case["upcast"],
+                       return_weights=case["weights"]) == expected
 
 
 def test_auto_leaves_the_derivatives_of_functions_to_torch(monkeypatch):
@@ -163,7 +164,7 @@ def test_auto_leaves_the_derivatives_of_functions_to_torch(monkeypatch):
 
     def function(x):
         q = x.half().as_subclass(OnGPU)
-        return A.attention(q, q, q, scale=1.0, window=3).sum()
+        return A.attention(q, q, q, scale=1.0, window=3, upcast=True).sum()
 
     x = torch.ones(1, 1, 9, 4)
     torch.func.grad(function)(x)
