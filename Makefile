@@ -44,8 +44,9 @@ test-diagnosis: .venv/test
 test-cpus: .venv/test
 	.venv/bin/python tests/cpus.py
 
+# From the project's folder, so that the notebooks' links to the code open in JupyterLab.
 lab: .venv/test
-	.venv/bin/jupyter lab notebooks
+	.venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 notebooks: .venv/test
 	.venv/bin/python notebooks/build.py
