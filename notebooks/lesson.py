@@ -92,11 +92,14 @@ def same(found, expected, case="", tolerance=0.0):
     differ &= ~((came - wanted).abs() <= tolerance * wanted.abs().clamp(min=1))
     if not differ.any():
         return
-    if wanted.numel() <= 8:
-        raise AssertionError(f"{where}came {spelled(found, came)}, expected {spelled(expected, wanted)}")
-    place = differ.nonzero()[0].tolist()
-    raise AssertionError(f"{where}at {place} came {number(came[tuple(place)])}, expected "
-                         f"{number(wanted[tuple(place)])} ({int(differ.sum())} of {wanted.numel()} differ)")
+    count = ""
+    if wanted.numel() > 8:                                 # the first that differs stands for all
+        place = differ.nonzero()[0].tolist()
+        where, count = f"{where}at {place} ", f" ({int(differ.sum())} of {wanted.numel()} differ)"
+        came, wanted = came[tuple(place)], wanted[tuple(place)]
+    digits = 6 if spelled(found, came) != spelled(expected, wanted) else 17
+    raise AssertionError(f"{where}came {spelled(found, came, digits)}, "
+                         f"expected {spelled(expected, wanted, digits)}{count}")
 
 
 def as_list(value):
@@ -117,25 +120,21 @@ def numbers(value):
         return None
 
 
-def number(value):
+def number(value, digits=6):
     """Of a 0-dim float64 tensor: 3.0 -> "3", 0.123456789 -> "0.123457"."""
     value = value.item()
-    return str(int(value)) if value == int_or_none(value) else f"{value:.6g}"
+    return str(int(value)) if abs(value) < 1e15 and value == int(value) else f"{value:.{digits}g}"
 
 
-def int_or_none(value):
-    return int(value) if abs(value) < 1e15 else None       # neither NaN nor infinity
-
-
-def spelled(value, tensor=None):
+def spelled(value, tensor=None, digits=6):
     """A value in at most one short line; of many numbers the shape alone."""
     tensor = numbers(value) if tensor is None else tensor
     if tensor is None:
         return shortened(repr(value), 80)
     if tensor.dim() == 0:
-        return number(tensor)
+        return number(tensor, digits)
     if tensor.numel() <= 8:
-        inside = [spelled(row) if row.dim() else number(row) for row in tensor]
+        inside = [spelled(row, row, digits) for row in tensor]
         return f"[{', '.join(inside)}]"
     return f"{len(tensor)} numbers" if tensor.dim() == 1 else f"a shape of {tuple(tensor.shape)}"
 

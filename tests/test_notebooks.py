@@ -301,6 +301,7 @@ SAME = [                                                   # (found, expected, t
     ([0] * 20, torch.zeros(21), 0, "case: came 20 numbers, expected 21 numbers"),
     (torch.arange(100), torch.arange(100).clamp(max=97), 0, "case: at [98] came 98, expected 97 (2 of 100 differ)"),
     (torch.eye(4), torch.tril(torch.ones(4, 4)), 0, "case: at [1, 0] came 0, expected 1 (6 of 16 differ)"),
+    (1 + 2.0 ** -30, 1.0, 1e-12, "case: came 1.0000000009313226, expected 1"),
     ([math.nan], [1.0], 0, "case: came nan, expected 1"),
     (math.inf, 1.0, 1e9, "case: came inf, expected 1"),
     ("ab", "abc", 0, "case: came 'ab', expected 'abc'"),
