@@ -115,7 +115,7 @@ def numbers(value):
         if isinstance(value, (list, tuple, range)):
             rows = [numbers(v) for v in value]
             return torch.stack(rows) if rows else torch.empty(0, dtype=torch.float64)
-        return torch.as_tensor(value).detach().cpu().to(torch.float64)
+        return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):          # text, ragged lists, complex numbers
         return None
 
