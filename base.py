@@ -22,8 +22,9 @@ from attention import at_least_float32, choose_backend
 from fast.linear import WEIGHT_FIRST, Instead, is_few
 from fast.slices import in_slices
 from files import shown
-from load_weights import SAVING, check_usual, load_pretrained, save_pretrained
+from load_weights import load_pretrained, save_pretrained
 from quantize import QuantizedLinear, kind_of
+from transformers_arguments import SAVING, check_usual
 
 # ------------------------------------------------------------------------------------------------
 # Activations: four names for two functions, whose roundings differ
@@ -295,7 +296,8 @@ class PreTrainedModel(nn.Module):
         weights: "int8" or "int4" rounds the matrices to integers while loading (quantize.py).
         changes: fields of the config to set, such as num_labels=3 or pad_token_id=0.  transformers'
         cache_dir, local_files_only, token and use_safetensors have the same meaning here; its other
-        arguments are accepted at their usual values (load_weights.LOADING) and refused otherwise.
+        arguments are accepted at their usual values and refused otherwise; the table is LOADING in
+        transformers_arguments.py.
 
         Returns the model in eval mode.  A task head that the checkpoint does not have is
         initialized randomly, with a warning that names its weights.  Raises OSError for files that
@@ -310,7 +312,7 @@ class PreTrainedModel(nn.Module):
         """Write config.json, generation_config.json and model.safetensors for transformers.
 
         The integers of a quantized model go into another file, which only this project reads.
-        usual: the reference's other arguments at their usual values (load_weights.SAVING).
+        usual: transformers' other arguments at their usual values, SAVING in that file.
         Raises OSError if the folder cannot be written; then the files in it are as before.  Raises
         ValueError, with the name, for an argument at another value.
         """

@@ -2,6 +2,7 @@
 
     fetch          the path of one file, in a folder or from the Hugging Face hub
     read_json      the object in a JSON file
+    read_text      a text file
     write_files    write several files that belong together: all of them, or none
     shown, plain   a value or a name from a file, made printable for an error message
     Parser         the options of a command line
@@ -82,6 +83,28 @@ def read_small(path):
         raise ValueError(f"{plain(path, 1000)} is not the file of a checkpoint: it "
                          f"has {size} bytes")
     return Path(path).read_bytes()
+
+
+def read_text(name):
+    """The text of a UTF-8 file, or of standard input for "-", without a byte-order mark.
+
+    Raises ValueError, which names the file, if it cannot be read, is not UTF-8 or is empty.
+    """
+    if name == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: there is no text to read")
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        byte = f"{error.object[error.start]:#04x} (line {line})"
+        raise ValueError(f"{name}: not UTF-8, the byte at offset {error.start} is {byte}: "
+                         "save it as UTF-8") from None
+    except (OSError, ValueError) as error:             # ValueError: a closed file
+        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
+    if not text:
+        raise ValueError(f"{name}: there is no text in it")
+    return text
 
 
 def read_json(path, unique=False):

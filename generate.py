@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from attention import choose_backend
-from files import Parser, replace_closed_stderr
+from files import Parser, read_text, replace_closed_stderr
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from processes import (
     SharedError,
@@ -34,7 +34,7 @@ from processes import (
     rank,
 )
 from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate)
-from score import likeliest, read_text, score_text, window_and_stride
+from score import likeliest, score_text, window_and_stride
 
 # ------------------------------------------------------------------------------------------------
 # The options

@@ -13,13 +13,9 @@ weight takes memory when it is first used.
 
 import contextlib
 import json
-import os
-import pickle
-import pickletools
 import re
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -29,11 +25,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import quantize
+from bin_files import read_bin
 from files import error_line, fetch, plain, read_json, shown, write_files
 from originals import original_config, original_files, read_original
 from originals.flax import write_flax
-from originals.neox import NUMPY_STATE
 from parallel import add_up, check_connected, check_parts, cut, piece
+from transformers_arguments import HUB, loading_options
 
 # '#' stands for the layer number, '*' for weight or bias.  None: a known name that is ignored.
 # On the left are the names in EleutherAI's files on the hub; a name without a rule is an error.
@@ -213,96 +210,6 @@ def read_tensors(path, apart=False):
                          f"({error_line(error)})") from None
 
 
-LARGEST_PICKLE = 2**20           # bytes; the list of GPT-NeoX-20B's 660 tensors has an eighth of it
-MOST_STEPS = 300_000             # in a pickle; a tensor takes about 30
-
-
-def read_bin(path, module=False):
-    """{name: tensor} of a file written by torch.save; code in the file is not run.
-
-    module: read the entry "module" of the file's dict, as in a checkpoint of DeepSpeed.
-    Raises ValueError, naming the file, for a damaged file, for one with anything but plain tensors,
-    and for one that would take much more time or memory than its weights need.
-    """
-    try:
-        zipped = zipfile.is_zipfile(path)               # torch < 1.6 wrote no zip: not to be mapped
-        check_size(path, zipped)
-        with torch.serialization.safe_globals(NUMPY_STATE if module else []):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        state = state["module"] if module else state
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} was refused: it holds something other than tensors, which could "
-                         "run code when loaded, or it is damaged") from None
-    except OversizeError as error:
-        raise ValueError(f"{path} was refused: {error}") from None
-    except Exception as error:                          # a broken pickle can raise anything
-        raise ValueError(f"{path} is not a whole .bin file ({error_line(error)}): "
-                         "get it again") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(t)
-                                              for k, t in state.items()):
-        raise ValueError(f"{path} must hold a dict of tensors")
-    for name, tensor in state.items():
-        if problem := oddity(tensor):
-            raise ValueError(f"{path}: tensor {plain(name)} is {problem}; supported "
-                             "are plain tensors")
-    return {name: tensor.detach().resolve_neg() for name, tensor in state.items()}
-
-
-class OversizeError(Exception):
-    """A .bin file is larger, or has more in it, than any model needs."""
-
-
-def check_size(path, zipped):
-    """Raise OversizeError, before anything is unpickled, for a file that cannot be a model's.
-
-    torch.save never compresses, and the list of a model's tensors is short.
-    """
-    if not zipped:
-        with open(path, "rb") as file:                     # four pickles; the last one is the list
-            for _ in range(4):
-                check_steps(file)
-        return
-    with open(path, "rb") as file:                         # a zip ends with the length of its list
-        file.seek(max(0, os.path.getsize(path) - 2**16))
-        tail = file.read()
-    end = tail.rfind(b"PK\x05\x06")
-    if 0 <= end and LARGEST_PICKLE < int.from_bytes(tail[end + 12:end + 16], "little") < 2**32 - 1:
-        raise OversizeError("it holds more entries than any model has tensors")
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise OversizeError("it is compressed, which torch.save never does")
-            if entry.filename.endswith(".pkl"):
-                if entry.file_size > LARGEST_PICKLE:
-                    raise OversizeError("it names more tensors than any model has")
-                with archive.open(entry) as file:
-                    check_steps(file)
-
-
-def check_steps(file):
-    """Raise OversizeError for a pickle of too many steps, which are counted and not executed."""
-    for step, _ in enumerate(pickletools.genops(file)):
-        if step > MOST_STEPS:
-            raise OversizeError("it names more tensors than any model has")
-
-
-def oddity(tensor):
-    """Why a tensor of a .bin file is not a plain array of numbers, or None if it is one."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return f"a {type(tensor).__name__}"
-    if tensor.is_nested:
-        return "nested"
-    if tensor.layout != torch.strided:
-        return f"sparse ({tensor.layout})"
-    if tensor.is_quantized:
-        return "quantized"
-    if tensor.is_meta:
-        return "on the meta device, which has no numbers"
-    if tensor.is_complex():
-        return "complex"
-    return None
-
-
 # ------------------------------------------------------------------------------------------------
 # Loading
 # ------------------------------------------------------------------------------------------------
@@ -312,9 +219,9 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
                     names=WEIGHT_FILES):
     """Load a model of the class `cls`: from_pretrained of every model, see base.PreTrainedModel.
 
-    raw: the contents of config.json, if they have been read already.  changes: transformers' other
-    arguments (LOADING) and fields of the config to set.  names: the files of weights to look for,
-    in order.
+    raw: the contents of config.json, if they have been read already.
+    changes: transformers' other arguments (transformers_arguments.LOADING) and fields of the config
+    to set.  names: the files of weights to look for, in order.
     """
     changes = dict(changes or {})
     shared = take_sharing(changes)
@@ -376,95 +283,6 @@ def make_config(cls, name_or_folder, raw):
         return cls.config_class.from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{name_or_folder}/config.json: {error}") from None
-
-
-HUB = ("cache_dir", "local_files_only", "token")         # for huggingface_hub; nothing for a folder
-# transformers' other arguments, with the values at which they change nothing here.
-LOADING = {
-    "low_cpu_mem_usage": (None, True, False), "trust_remote_code": (None, False),
-    "subfolder": (None, ""), "force_download": (None, False), "proxies": (None, {}),
-    "resume_download": (None, True, False), "use_auth_token": (None,), "max_memory": (None,),
-    "offload_folder": (None,), "offload_state_dict": (None, False),
-    "offload_buffers": (None, False), "quantization_config": (None,),
-    "load_in_8bit": (None, False), "load_in_4bit": (None, False),
-    "ignore_mismatched_sizes": (None, False),
-    "output_loading_info": (None, False), "from_tf": (None, False), "from_flax": (None, False),
-    "variant": (None,), "state_dict": (None,), "config": (None,), "adapter_kwargs": (None, {}),
-    "tp_size": (None,), "device_mesh": (None,), "use_kernels": (None, False),
-    "weights_only": (None, True), "key_mapping": (None, {}), "mirror": (None,),
-    "use_cache": (None, True, False), "return_dict": (None, True),
-    "output_hidden_states": (None, False), "output_attentions": (None, False),
-    "code_revision": (None, "main"), "gguf_file": (None,), "use_flash_attention_2": (None, False),
-    "from_pt": (None, True, False), "_do_init": (None, True),       # of the Flax classes
-    "disable_mmap": (None, False), "fusion_config": (None, {}), "kernel_config": (None,),
-    "_fast_init": (None, True, False), "generation_config": (None,),
-}
-SAVING = {                                                 # the same for save_pretrained
-    "safe_serialization": (None, True), "is_main_process": (None, True), "state_dict": (None,),
-    "push_to_hub": (None, False), "max_shard_size": (None,), "variant": (None,), "token": (None,),
-    "save_peft_format": (None, True, False), "save_original_format": (None, True, False),
-}
-REASONS = {"trust_remote_code": "code of a checkpoint is never run here",
-           "load_in_8bit": "weights='int8' quantizes", "load_in_4bit": "weights='int4' quantizes",
-           "quantization_config": "weights='int8' or 'int4' quantizes",
-           "subfolder": "give the folder itself",
-           "max_shard_size": "all weights are written into one model.safetensors, which "
-                             "transformers reads",
-           "safe_serialization": "weights are written as safetensors",
-           "output_hidden_states": "ask for them in the call",
-           "output_attentions": "ask for them in the call",
-           "use_flash_attention_2": "attn_implementation='flash' asks for it"}
-
-
-def loading_options(changes, device):
-    """Take the reference's arguments out of `changes` -> (the hub's, use_safetensors, device).
-
-    Raises ValueError, with the name, for one that asks for something that is not done here.
-    """
-    hub = {name: changes.pop(name) for name in HUB if name in changes}
-    use_safetensors = changes.pop("use_safetensors", None)
-    if use_safetensors not in (None, True, False):
-        raise ValueError("use_safetensors must be True, False or None, got "
-                         f"{shown(use_safetensors)}")
-    check_usual("from_pretrained",
-                {name: changes.pop(name) for name in LOADING if name in changes}, LOADING)
-    mapped = device_of_map(changes.pop("device_map", None))
-    if None not in (mapped, device) and torch.device(mapped) != torch.device(device):
-        raise ValueError(f"device_map={mapped} and device={device} contradict each other: give one")
-    device = mapped if device is None else device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {shown(str(device))} cannot be used here: "
-                         f"{error_line(error)}") from None
-    return hub, use_safetensors, device
-
-
-def check_usual(function, given, table):
-    """Raise ValueError, with the name, for an argument that is not at one of its usual values."""
-    for name, value in given.items():
-        usual = table.get(name, ())
-        if not any(value is one or (value == one and type(value) is type(one)) for one in usual):
-            reason = REASONS.get(name, "only its usual values are taken")
-            raise ValueError(f"{function}({name}={shown(value)}) is not supported: {reason}")
-
-
-def device_of_map(device_map):
-    """The device that a device_map names, or None; one that splits the model is a ValueError."""
-    if isinstance(device_map, dict) and list(device_map) == [""]:
-        device_map = device_map[""]
-    if device_map == "auto":
-        if torch.cuda.device_count() > 1:
-            raise ValueError("device_map='auto' would split the model over several GPUs, which is "
-                             "not supported: give device='cuda:0'")
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device_map is None or isinstance(device_map, torch.device):
-        return device_map
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device_map={shown(device_map)} is not supported: give one device, or "
-                         "'auto' where there is only one") from None
 
 
 def with_changes(raw, changes, cls):

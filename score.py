@@ -20,9 +20,7 @@ out none.
 
 import itertools
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -126,23 +124,3 @@ def shown(token):
         return repr(token_bytes(token).decode("utf-8"))
     except UnicodeDecodeError:
         return repr(token_bytes(token))
-
-
-def read_text(name):
-    """The text of a UTF-8 file, or of standard input for "-", without a byte-order mark.
-
-    Raises ValueError if it cannot be read, is not UTF-8 or is empty.
-    """
-    if name == "-" and sys.stdin is None:
-        raise ValueError("standard input is closed: there is no text to read")
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8, the byte at offset {error.start} is "
-                         f"{error.object[error.start]:#04x}") from None
-    except (OSError, ValueError) as error:             # ValueError: a closed file
-        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    if not text:
-        raise ValueError(f"{name}: there is no text in it")
-    return text

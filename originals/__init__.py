@@ -25,7 +25,7 @@ def config_json(folder):
 def original_config(name_or_folder, unpickle):
     """The hub's config.json for a folder in an original format; None where it has one itself.
 
-    unpickle(path, module): {name: tensor} of a file of torch.save, as by load_weights.read_bin.
+    unpickle(path, module): {name: tensor} of a file of torch.save, as by bin_files.read_bin.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir() or "model_type" in (raw := config_json(folder)):

@@ -8,6 +8,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")             # both are read when the packages are imported
+# Each of JAX's programs runs only once or twice here: compiling it quickly is what saves time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["FLASH_ATTENTION_TRITON_AMD_ENABLE"] = "TRUE"   # flash-attn without CUDA: its own Triton backend
 
 import pytest  # noqa: E402

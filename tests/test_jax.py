@@ -200,7 +200,7 @@ def test_ties_at_the_edge_of_top_p():
 
 def test_lengths_share_what_is_compiled():
     mine = tiny()
-    for T in (1, 2, 33):
+    for T in (1, 33):
         mine(np.ones((1, T), int))
         mine.generate(np.ones((1, T), int), max_new_tokens=4)
     assert mine.run._cache_size() == mine.write._cache_size() == 1

@@ -21,7 +21,7 @@ import neox
 import train
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from training.model import learning_rate, new_model, parameter_groups
-from training.texts import Batches, read_examples, read_text
+from training.texts import Batches, read_examples, read_plain
 from training_cases import SHAPE as SIZES
 from training_cases import metrics, nonsense, refused, run, write_data
 
@@ -495,7 +495,7 @@ def test_texts_keep_their_spaces_and_lose_a_mark_and_carriage_returns(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,label\r\n"  one\r\n two ",x\r\n')
     assert read_examples([tmp_path / "a.csv"])[0][:2] == ("  one\n two ", "x")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n two\rthree\n")
-    assert read_text(tmp_path / "a.txt") == "one\n two\rthree\n"
+    assert read_plain(tmp_path / "a.txt") == "one\n two\rthree\n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf\r\n")
     with pytest.raises(ValueError, match="there is no text in it"):
-        read_text(tmp_path / "a.txt")
+        read_plain(tmp_path / "a.txt")

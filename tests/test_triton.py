@@ -213,7 +213,7 @@ def dots(monkeypatch):
     return counter
 
 
-@pytest.mark.parametrize("T, S, window", [(1024, 1024, 256), (1024, 1024, None), (100, 700, 256),
+@pytest.mark.parametrize("T, S, window", [(512, 512, 256), (256, 256, None), (100, 500, 256),
                                           (1, 600, 256)])
 def test_key_blocks_visited(dots, T, S, window):
     """At W = 256 a block of 64 queries visits at most 5 blocks of 64 keys."""

@@ -25,7 +25,7 @@ from load_weights import (
     AutoTokenizer,
     read_config,
 )
-from training.texts import Batches, count_bytes, epoch_generator, padded, read_examples, read_text
+from training.texts import Batches, count_bytes, epoch_generator, padded, read_examples, read_plain
 
 # ------------------------------------------------------------------------------------------------
 # Without gradients
@@ -93,7 +93,7 @@ class NextToken:
 
     def __init__(self, text, valid, *, context, batch_size, seed, prompt=""):
         self.context, self.batch_size, self.seed, self.prompt = context, batch_size, seed, prompt
-        self.texts, self.valid = ([read_text(file) for file in files] for files in (text, valid))
+        self.texts, self.valid = ([read_plain(file) for file in files] for files in (text, valid))
         self.contents = dict(text=self.texts, valid=self.valid)
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Files of texts to train on, and batches of them.
 
-    read_text       one text file
+    read_plain      one plain text file
     read_examples   labelled texts: CSV files with the columns text and label, or JSON lines
     Batches         batches of windows of one long text, in an order that depends on the seed
 
@@ -15,22 +15,15 @@ from pathlib import Path
 
 import torch
 
+from files import read_text
 
-def read_text(file):
+
+def read_plain(file):
     """The text of a UTF-8 file, without a byte-order mark and with "\\n" for "\\r\\n".
 
     Raises ValueError that names the file if it cannot be read, is no UTF-8 text, or is empty.
     """
-    try:
-        text = Path(file).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        byte = f"{error.object[error.start]:#04x} (line {line})"
-        raise ValueError(f"{file}: not UTF-8, the byte at offset {error.start} is {byte}: "
-                         "save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    text = read_text(Path(file)).replace("\r\n", "\n")
     if not text.strip():
         raise ValueError(f"{file}: there is no text in it")
     if "\0" in text:                                        # as UTF-16 has in every other byte
@@ -58,7 +51,7 @@ def read_examples(files):
         if rows is None:
             raise ValueError(f"{file}: labelled texts are in files that end in .csv or .jsonl")
         before = len(examples)
-        examples += [checked(*row) for row in rows(file, read_text(file))]
+        examples += [checked(*row) for row in rows(file, read_plain(file))]
         if len(examples) == before:
             raise ValueError(f"{file}: there are no rows in it")
     return examples
