@@ -169,8 +169,7 @@ def our_kernel_wins(q, k, v, dropout, upcast):
     """
     return (q.is_cuda and triton is not None and upcast and q.size(2) > 1 and q.size(3) <= 256
             and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
-            and not dropout and not torch.compiler.is_compiling()
-            and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active())
+            and not dropout and not torch.compiler.is_compiling() and not within_transform())
 
 
 def check_shapes(q, k, v, window, key_mask):
@@ -323,12 +322,17 @@ def fused(q, k, v, scale, window, key_mask, dropout):
             allowed = allowed | ~allowed.any(-1, keepdim=True)
     options = dict(attn_mask=allowed, is_causal=allowed is None and square, scale=scale)
     plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    if forward_ad._current_level >= 0 and not plain:       # jvp, jacfwd, linearize
+    if within_transform() and not plain:
         return in_plain_operations(q, k, v, dropout_p=dropout, **options)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
     if plain or dropout:
         return y
     return DerivableTwice.apply(y, functools.partial(in_plain_operations, **options), q, k, v)
+
+
+def within_transform():
+    """Is this a call inside torch.func (grad, vmap, jvp, functionalize, …) or forward mode?"""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def in_plain_operations(q, k, v, **options):

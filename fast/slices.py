@@ -3,6 +3,8 @@
 import functools
 
 import torch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 LARGE = 2**20            # with more numbers than this, x is computed in slices
 
@@ -13,13 +15,14 @@ def in_slices(numbers, on=None):
     x (..., C) and what the function returns have the same leading dimensions; each of `others` has
     one row for each row of x.  The function must compute every row by itself; then the result has
     the same bits as without slices.  numbers: about how many numbers of x make a slice.  on: slice
-    only tensors on this type of device.  torch.compile and torch.export use the function itself.
+    only tensors on this type of device.  torch.compile, torch.export and torch.func.functionalize
+    use the function itself.
     """
     def decorate(function):
         @functools.wraps(function)
         def sliced(x, *others):
             whole = (x.numel() <= LARGE or on not in (None, x.device.type) or x.is_meta
-                     or torch.compiler.is_compiling())
+                     or torch.compiler.is_compiling() or within_functionalize())
             if whole:
                 return function(x, *others)
             width = x.size(-1)
@@ -28,6 +31,13 @@ def in_slices(numbers, on=None):
             return y.view(*x.shape[:-1], y.size(-1))
         return sliced
     return decorate
+
+
+def within_functionalize():
+    """torch.func.functionalize takes no autograd.Function, however deep it is within others."""
+    return torch._C._are_functorch_transforms_active() and any(
+        level.key() == TransformType.Functionalize
+        for level in retrieve_all_functorch_interpreters())
 
 
 class InSlices(torch.autograd.Function):
