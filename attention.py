@@ -136,7 +136,7 @@ def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dro
 def choose_backend(name="auto", return_weights=False):
     """The name of the backend that will run.  "auto" is decided here, any other name is checked.
 
-    (On a GPU `attention` also takes triton for some calls of "auto", see our_kernel_wins.)
+    (On a GPU `attention` takes triton for some calls of "auto", see prefers_triton.)
 
     Raises ValueError for an unknown name, or if a fused backend is asked for attention weights,
     which it never computes as a whole; ImportError if the backend's package is missing.  A backend
@@ -158,18 +158,26 @@ def choose_backend(name="auto", return_weights=False):
     return name
 
 
-def our_kernel_wins(q, k, v, dropout, upcast):
-    """Does "auto" take the Triton kernel here?
+def prefers_triton(on_gpu, dtype, upcast):
+    """Does "auto" take the Triton kernel for the prefill of such a model?
 
-    Yes for GPT-Neo's prefill in half precision on a GPU.  torch's kernels must compute that in
-    float32 (`upcast`) and know no window: on an H200 ours was 2 to 29 times as fast forward, and
-    0.8 (256 tokens) to 12 times with the backward pass (benchmarks/README.md).  In float32 it has
-    no tensor cores, and one new token was not measured.  torch.func and forward mode work through
-    torch's kernels alone.
+    Yes for GPT-Neo (`upcast`) in half precision on a GPU.  torch's kernels must compute its scores
+    in float32 and know no window: on an H200 ours was 2 to 29 times as fast forward, and 0.8 (256
+    tokens) to 12 times with the backward pass (benchmarks/README.md).  In float32 it has no tensor
+    cores, and one new token was not measured.
     """
-    return (q.is_cuda and triton is not None and upcast and q.size(2) > 1 and q.size(3) <= 256
-            and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
-            and not dropout and not torch.compiler.is_compiling() and not within_transform())
+    return on_gpu and triton is not None and upcast and dtype in (torch.float16, torch.bfloat16)
+
+
+def our_kernel_wins(q, k, v, dropout, upcast):
+    """Does "auto" take the Triton kernel for this call?
+
+    Only where it can do what is asked; torch.func and forward mode work through torch's kernels
+    alone.
+    """
+    return (prefers_triton(q.is_cuda, q.dtype, upcast) and q.dtype == k.dtype == v.dtype
+            and q.size(2) > 1 and q.size(3) <= 256 and not dropout
+            and not torch.compiler.is_compiling() and not within_transform())
 
 
 def check_shapes(q, k, v, window, key_mask):

@@ -21,7 +21,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from attention import choose_backend
+from attention import choose_backend, prefers_triton
 from files import Parser, read_text, replace_closed_stderr
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from processes import (
@@ -246,7 +246,10 @@ def status(model, name, backend, counts):
     name, backend: as they were asked for; counts: what print_texts returned.
     """
     prompt, prompt_seconds, new, new_seconds = (sum(column) for column in zip(*counts))
-    chosen = choose_backend(backend) if model.device.type == "cpu" else backend   # see `attention`
+    chosen = choose_backend(backend)
+    if backend == "auto" and prefers_triton(model.device.type == "cuda", model.dtype,
+                                            model.config.model_type == "gpt_neo"):
+        chosen = "triton for prompts, then sdpa"
     backend = f"{chosen} ({backend})" if chosen != backend else chosen
     speed = f"{new / new_seconds:.0f} tokens/s" if new else "no more"
     return (f"{os.path.basename(os.path.normpath(name))}"
