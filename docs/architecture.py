@@ -1,14 +1,16 @@
-"""Draw docs/architecture.svg: GPT-Neo and GPT-NeoX side by side, with the names of the code.
+"""Draw docs/architecture.svg: GPT-Neo and GPT-NeoX side by side, with every tensor's shape.
 
     python docs/architecture.py
+    chromium --headless --force-device-scale-factor=1.5 --window-size=1280,720 \\
+        --screenshot=docs/architecture.png docs/architecture.svg
 
 The same part has the same colour on both sides, so that what differs is the arrangement and the
-text.
+text.  The picture has the shape of a slide, 16 : 9; the PNG is 1920 pixels wide.
 """
 
 from pathlib import Path
 
-WIDTH, HEIGHT = 980, 685
+WIDTH, HEIGHT = 1280, 720
 GREY, LINE = "#57606a", "#24292f"
 COLOURS = {"embed": "#dbeafe", "norm": "#fef3c7", "attention": "#d1fae5", "mlp": "#fde2d3",
            "head": "#e9e2f8", "sum": "#ffffff"}
@@ -22,9 +24,9 @@ def text(x, y, words, size=14, colour=LINE, weight="normal", anchor="middle"):
 def box(x, y, kind, *lines, width=150):
     """A part of the model with its centre at x and its top at y; the first line is its name in the
     code."""
-    height = 14 + 18 * len(lines)
-    words = [text(x, y + 21 + 18 * i, line, 14 if i == 0 else 12, LINE if i == 0 else GREY,
-                  "bold" if i == 0 else "normal") for i, line in enumerate(lines)]
+    height = 12 + 18 * len(lines)
+    words = [text(x, y + 20 + 18 * i, line, *((13, LINE) if i else (15, LINE, "bold")))
+             for i, line in enumerate(lines)]
     return (f'<rect x="{x - width / 2}" y="{y}" width="{width}" height="{height}" rx="7" '
             f'fill="{COLOURS[kind]}" stroke="{LINE}"/>' + "".join(words))
 
@@ -49,58 +51,73 @@ def frame(x, y, width, height, words):
 
 
 def title(x, name, sentence):
-    return text(x, 34, name, 21, weight="bold") + text(x, 56, sentence, 13, GREY)
+    return text(x, 30, name, 22, weight="bold") + text(x, 52, sentence, 14, GREY)
 
 
-def neo(x=240):
+def beginning(x, *lines):
+    """What comes before the blocks in both families."""
+    return [text(x, 78, "ids (B, T)"), arrow((x, 84), (x, 94)),
+            box(x, 96, "embed", *lines, width=400),
+            text(x + 8, 165, "x (B, T, C)", 13, anchor="start")]
+
+
+def neo(x=320):
     """GPT-Neo: attention, then the MLP, each added to what came in."""
-    side = x - 130                                         # the residual, which goes around
+    side = x - 250                                         # the residual, which goes around
     return [
         title(x, "GPT-Neo", "neo.py: one part after the other"),
-        text(x, 88, "ids (B, T)"), arrow((x, 94), (x, 108)),
-        box(x, 110, "embed", "embed + pos_embed", "a learned vector for each position", width=240),
-        arrow((x, 160), (x, 212)),
-        frame(40, 172, 400, 350, "Block, repeated"),
-        arrow((x, 194), (side, 194), (side, 356), (x - 14, 356)),
-        box(x, 214, "norm", "ln_1"), arrow((x, 246), (x, 260)),
-        box(x, 262, "attention", "attn", "q · k, not divided by √D",
-            "global and local layers alternate", width=230),
-        arrow((x, 330), (x, 342)), plus(x, 356), arrow((x, 368), (x, 394)),
-        arrow((x, 378), (side, 378), (side, 500), (x - 14, 500)),
-        box(x, 396, "norm", "ln_2"), arrow((x, 428), (x, 440)),
-        box(x, 442, "mlp", "mlp"), arrow((x, 474), (x, 486)), plus(x, 500),
-        *end(x, "lm_head", "the same matrix as embed"),
+        *beginning(x, "embed and pos_embed",
+                   "embed (V, C), pos_embed (P, C): one row per position"),
+        frame(30, 150, 580, 400, "Block, repeated"),
+        arrow((x, 144), (x, 182)), arrow((x, 172), (side, 172), (side, 358), (x - 14, 358)),
+        box(x, 184, "norm", "ln_1 (C)"), arrow((x, 214), (x, 224)),
+        box(x, 226, "attention", "attn", "q_proj (C, C), k_proj (C, C), v_proj (C, C), no bias",
+            "q, k, v (B, H, T, D), scores not divided by √D",
+            "weights (B, H, T, S), layers global and local by turns",
+            "out_proj (C, C), bias (C)", width=420),
+        arrow((x, 328), (x, 344)), plus(x, 358), arrow((x, 370), (x, 398)),
+        arrow((x, 380), (side, 380), (side, 526), (x - 14, 526)),
+        box(x, 400, "norm", "ln_2 (C)"), arrow((x, 430), (x, 438)),
+        box(x, 440, "mlp", "mlp", "up_proj (4C, C), bias (4C), then GELU (B, T, 4C)",
+            "down_proj (C, 4C), bias (C)", width=420),
+        arrow((x, 506), (x, 512)), plus(x, 526),
+        *end(x, "the same matrix as embed"),
     ]
 
 
-def neox(x=740):
+def neox(x=950):
     """GPT-NeoX: attention and MLP read the same input, and both are added to it."""
-    left, right, side = x - 80, x + 105, x - 215
+    left, right, side = x - 90, x + 195, x - 280
     return [
         title(x, "GPT-NeoX, Pythia", "neox.py: attention and MLP side by side"),
-        text(x, 88, "ids (B, T)"), arrow((x, 94), (x, 108)),
-        box(x, 110, "embed", "embed", "no vector for the position", width=240),
-        arrow((x, 160), (x, 194), (left, 194), (left, 214)),
-        arrow((x, 194), (right, 194), (right, 214)),
-        frame(508, 172, 432, 350, "Block, repeated"),
-        arrow((left, 194), (side, 194), (side, 500), (x - 14, 500)),
-        box(left, 216, "norm", "ln_1"), arrow((left, 248), (left, 294)),
-        box(left, 296, "attention", "attn", "rotary positions on a part",
-            "of each head; q · k / √D",
-            "q, k, v interleaved by head", width=205),
-        arrow((left, 382), (left, 430), (x, 430), (x, 486)),
-        box(right, 216, "norm", "ln_2"), arrow((right, 248), (right, 294)),
-        box(right, 296, "mlp", "mlp"), arrow((right, 328), (right, 500), (x + 14, 500)),
-        plus(x, 500),
-        *end(x, "lm_head", "a matrix of its own"),
+        *beginning(x, "embed", "embed (V, C), nothing for the position"),
+        frame(650, 150, 610, 400, "Block, repeated"),
+        arrow((x, 144), (x, 182), (left, 182), (left, 204)),
+        arrow((x, 182), (right, 182), (right, 204)),
+        arrow((left, 182), (side, 182), (side, 526), (x - 14, 526)),
+        box(left, 206, "norm", "ln_1 (C)"), arrow((left, 236), (left, 264)),
+        box(left, 266, "attention", "attn", "qkv_proj (3C, C), bias (3C)",
+            "rows: q, k, v of head 0, then of head 1, …", "q, k, v (B, H, T, D)",
+            "the first R dims of q and k are rotated", "weights (B, H, T, S), scores q · k / √D",
+            "out_proj (C, C), bias (C)", width=320),
+        arrow((left, 404), (left, 460), (x, 460), (x, 512)),
+        box(right, 206, "norm", "ln_2 (C)"), arrow((right, 236), (right, 264)),
+        box(right, 266, "mlp", "mlp", "up_proj (4C, C), bias (4C)", "GELU (B, T, 4C)",
+            "down_proj (C, 4C), bias (C)", width=215),
+        arrow((right, 350), (right, 526), (x + 14, 526)), plus(x, 526),
+        *end(x, "a matrix of its own"),
     ]
 
 
-def end(x, name, note):
+def end(x, note):
     """What follows the blocks in both families."""
-    return [arrow((x, 512), (x, 536)), box(x, 538, "norm", "ln_f"), arrow((x, 570), (x, 584)),
-            box(x, 586, "head", name, note, width=200), arrow((x, 636), (x, 652)),
-            text(x, 668, "logits (B, T, V)")]
+    return [arrow((x, 538), (x, 562)), box(x, 564, "norm", "ln_f (C)"), arrow((x, 594), (x, 604)),
+            box(x, 606, "head", "lm_head", f"lm_head (V, C), {note}", width=400),
+            arrow((x, 654), (x, 664)), text(x, 680, "logits (B, T, V)")]
+
+
+LETTERS = ("B texts · T new tokens · S tokens in view · P positions · C width · H heads · "
+           "D = C / H · R rotated dims · V vocabulary · ln: weight and bias")
 
 
 def picture():
@@ -110,7 +127,8 @@ def picture():
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
              'font-family="Helvetica, Arial, sans-serif">',
              f"<title>GPT-Neo and GPT-NeoX side by side</title><defs>{head}</defs>",
-             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>', *neo(), *neox(), "</svg>"]
+             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>', *neo(), *neox(),
+             text(WIDTH / 2, 708, LETTERS, 13, GREY), "</svg>"]
     return "\n".join(parts) + "\n"
 
 

@@ -1,12 +1,15 @@
 """The README is read first, so what it says is checked: sizes, outputs, tables, commands."""
 
 import ast
+import itertools
 import json
 import os
 import re
 import runpy
+import struct
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,7 +23,9 @@ import train
 from benchmarks.shapes import SHAPES, model_class
 from conftest import ROOT
 from load_weights import AutoModelForCausalLM, AutoTokenizer
+from training.model import new_model
 
+SVG = "{http://www.w3.org/2000/svg}"
 README, TRAINING, CHECKPOINTS, BENCHMARKS = (
     ROOT.joinpath(folder, "README.md").read_text(encoding="utf-8")
     for folder in ("", "training", "checkpoints", "benchmarks"))
@@ -50,7 +55,50 @@ def test_the_first_command_is_near_the_top_and_its_output_is_true(capsys):
 def test_the_picture_is_the_script_s():
     drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["picture"]()
     assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == drawn
-    assert "(docs/architecture.svg)" in README
+    assert "(docs/architecture.svg)" in README and "(docs/architecture.png)" in README
+    png = (ROOT / "docs" / "architecture.png").read_bytes()
+    assert struct.unpack(">II", png[16:24]) == (1920, 1080)
+
+
+def test_the_picture_s_texts_have_room():
+    """Each text lies inside the picture and inside each box that its middle is in; no two overlap."""
+    fonts = pytest.importorskip("matplotlib.font_manager")
+    from PIL import ImageFont  # comes with matplotlib
+    tree = ElementTree.parse(ROOT / "docs" / "architecture.svg").getroot()
+    number = lambda node, *names: [float(node.get(name)) for name in names]     # noqa: E731
+    rects = [number(node, "x", "y", "width", "height") for node in tree.iter(f"{SVG}rect")
+             if node.get("x")]
+    font = ImageFont.truetype(fonts.findfont("DejaVu Sans"), 100)               # wider than Arial
+    areas = []
+    for node in tree.iter(f"{SVG}text"):
+        x, y, size = number(node, "x", "y", "font-size")
+        width = font.getlength(node.text) * size / 100
+        x -= {"middle": width / 2, "end": width, "start": 0}[node.get("text-anchor")]
+        areas.append((node.text, x, y - 0.8 * size, x + width, y + 0.2 * size))
+    for words, left, top, right, bottom in areas:
+        assert 0 < left and right < 1280 and 0 < top and bottom < 720, words
+        for x, y, width, height in rects:
+            if x < (left + right) / 2 < x + width and y < (top + bottom) / 2 < y + height:
+                assert x < left and right < x + width and y < top and bottom < y + height, words
+    for one, two in itertools.combinations(areas, 2):
+        assert (one[3] <= two[1] or two[3] <= one[1] or one[4] <= two[2] or two[4] <= one[2]), (
+            one[0], two[0])
+
+
+@pytest.mark.parametrize("family, left", [("neo", True), ("neox", False)])
+def test_the_picture_s_shapes_are_the_model_s(family, left):
+    """Every parameter of a model stands in the family's half with its shape in letters."""
+    letters = {16: "C", 64: "4C", 48: "3C", 50: "V", 20: "P"}
+    model = new_model(family, vocab_size=50, context=20, hidden_size=16, layers=2, heads=2, window=4,
+                      dropout=0.0)
+    texts = [node.text for node in ElementTree.parse(ROOT / "docs" / "architecture.svg").iter(f"{SVG}text")
+             if (float(node.get("x")) < 640) == left]
+    for name, p in [*model.named_parameters(), ("lm_head.weight", model.lm_head.weight)]:
+        module, kind = name.split(".")[-2:]
+        shape = f"({', '.join(letters[n] for n in p.shape)})"
+        wanted = rf"\b{module} \([^)]*\), bias {re.escape(shape)}" if kind == "bias" and p.shape and (
+            not module.startswith("ln")) else rf"\b{module} {re.escape(shape)}"
+        assert any(re.search(wanted, words) for words in texts), (name, shape)
 
 
 def test_make_commands_are_targets():
