@@ -60,8 +60,23 @@ def quantize(weight, kind):
     if not weight.is_floating_point() or weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"a matrix of floating-point numbers is needed, got {weight.dtype} "
                          f"of shape {tuple(weight.shape)}")
-    parts = [quantize_slice(rows.float(), kind) for rows in weight.detach().split(rows_at_once(weight.size(1)))]
-    return [torch.cat(part) for part in zip(*parts)]
+    (N, K), where = weight.shape, weight.device
+    parts = [torch.empty(shape, dtype=dtype, device=where)
+             for shape, dtype in zip(shapes(N, K, kind), PARTS.values())]
+    step = rows_at_once(K)
+    for start in range(0, N, step):        # written where they stay: joined afterwards they would be twice in memory
+        rows = weight.detach()[start:start + step].float()
+        for part, found in zip(parts, quantize_slice(rows, kind)):
+            part[start // LANES:][:len(found)] = found
+    return parts
+
+
+def shapes(N, K, kind):
+    """The shapes of words, scale and zero of a matrix (N, K)."""
+    blocks, per = -(-N // LANES), 32 // BITS[kind]
+    G = -(-K // GROUP[kind]) if GROUP[kind] else 1
+    words = G * GROUP[kind] // per if GROUP[kind] else -(-K // per)
+    return (blocks, words, LANES), (blocks, G, LANES), (blocks, G, LANES)
 
 
 def rows_at_once(K):
@@ -86,7 +101,7 @@ def quantize_slice(w, kind):
     q = (w - zero).div_(scale.masked_fill(scale == 0, 1)).round_().clamp_(0, levels)
     pairs = q.flatten(2).to(torch.int16).view(torch.int32)         # two integers, 16 bits apart
     words = (pairs | pairs >> 16 - bits).to(PAIR[kind]).view(torch.int32)
-    return [x.transpose(1, 2).contiguous() for x in (words, scale.squeeze(-1), zero.squeeze(-1))]
+    return [x.transpose(1, 2) for x in (words, scale.squeeze(-1), zero.squeeze(-1))]
 
 
 def dequantize(words, scale, zero, shape, kind, dtype=torch.float32):
@@ -146,12 +161,8 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_features, out_features, bias, kind, dtype=None, device=None):
         super().__init__()
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
-        words = -(-in_features // (GROUP[kind] or 32 // BITS[kind]))           # groups, or words of a row
-        groups, words = (1, words) if GROUP[kind] is None else (words, words * GROUP[kind] * BITS[kind] // 32)
-        blocks = -(-out_features // LANES)
-        for name, length in zip(PARTS, (words, groups, groups)):
-            empty = torch.empty(blocks, length, LANES, dtype=PARTS[name], device=device)
-            self.register_buffer(name, empty)
+        for (name, part), shape in zip(PARTS.items(), shapes(out_features, in_features, kind)):
+            self.register_buffer(name, torch.empty(shape, dtype=part, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
