@@ -474,16 +474,22 @@ def plain_ticks(axes, xs, ys=None):
 
 # ---- 6_finetuning ----
 
-def rates_with_margins(rates, margins, title="", x="", axes=None):
-    """Horizontal bars with intervals and their numbers: rates and margins are {name: number}."""
-    axes = axes or panels(1, 8, 0.5 * len(rates) + 1.1)[0]
-    axes.barh(range(len(rates)), rates.values(), xerr=list(margins.values()), color=[GREY, SKY, ORANGE, BLUE][:len(rates)], capsize=4)
-    for i, (name, rate) in enumerate(rates.items()):
-        axes.text(0.01, i, f"{rate:.2f}", va="center", fontsize=10, color="black" if 0 < i < 3 else "white")
+def seeds_with_margins(rates, margins, title="", x="", axes=None):
+    """A row for each method: a point for each seed, and the mean with its interval; rates are {name: (seeds,)}."""
+    axes = axes or panels(1, 8, 0.5 * len(rates) + 1.2)[0]
+    for i, (name, values) in enumerate(rates.items()):
+        axes.errorbar(values.mean().item(), i, xerr=float(margins[name]), fmt="|", color=GREY, capsize=4, markersize=12,
+                      label="mean of the seeds, 95 % interval" if i == 0 else None)
+        axes.plot(values.tolist(), [i - 0.18] * len(values), "o", color=BLUE, markersize=5, alpha=0.7,
+                  label="one seed" if i == 0 else None)
+        axes.text(1.0, i, f"{values.mean():.2f}", va="center", ha="right", fontsize=10)
     axes.set_yticks(range(len(rates)), rates)
     axes.invert_yaxis()
+    axes.axvline(1 / 3, color=GREY, linewidth=1, linestyle="--")
+    axes.text(1 / 3 + 0.005, len(rates) - 0.62, "chance", color=GREY, fontsize=9)
     axes.grid(axis="y", visible=False)
-    axes.set(title=title, xlabel=x, xlim=(0, 1))
+    axes.set(title=title, xlabel=x, xlim=(0, 1), ylim=(len(rates) - 0.5, -0.6))
+    axes.legend(fontsize=9, loc="lower left")
     return axes
 
 

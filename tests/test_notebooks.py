@@ -33,8 +33,6 @@ SHORT = {"3", "3b", "6", "6b"}                             # their notebooks hav
 # Not yet in the form that every notebook is to have; empty in the end.
 UNCONVERTED = [
     "2_gpt_neox",
-    "5_sampling",
-    "6_finetuning",
 ]
 # (notebook, function): three times the arguments and what is then to be seen: texts of the picture or of what is
 # printed, or a function of the list of axes.
@@ -54,7 +52,18 @@ SLIDERS = {
         (dict(mistake="window one too long", T=64), ["window one too long, T = 64", lambda axes: lasting(axes) == "0000000"]),
         (dict(mistake="exact GELU for tanh", T=1), ["exact GELU for tanh, T = 1", lambda axes: lasting(axes) == "0++++++"]),
     ],
+    ("5_sampling", "candidates_slider"): [
+        (dict(t=1.0, p=0.9), ["t 1.0, p 0.90: 139 tokens"]),
+        (dict(t=1.0, p=1.0), ["t 1.0, p 1.00: 2048 tokens"]),
+        (dict(t=0.1, p=0.05), ["t 0.1, p 0.05: 1 tokens", lambda axes: axes[0].patches[18].get_width() == 1]),
+    ],
+    ("6_finetuning", "rate_slider"): [                     # each trains a head; the ends of its two losses
+        (dict(log_rate=-4.5), ["rate 3.2e-05", lambda axes: axes[0].lines[0].get_ydata()[-1] > 0.95]),
+        (dict(log_rate=-2.5), ["rate 0.0032", lambda axes: 0.3 < axes[0].lines[0].get_ydata()[-1] < 0.6]),
+        (dict(log_rate=0.0), ["rate 1", lambda axes: axes[0].lines[1].get_ydata()[-1] > 2]),
+    ],
 }
+SLOW_SLIDERS = {("6_finetuning", "rate_slider")}           # they need the states of 840 passages
 
 
 def lasting(axes):
@@ -390,7 +399,8 @@ def needed_cells(cells, last):
     return kept
 
 
-@pytest.mark.parametrize("name, function", SLIDERS)
+@pytest.mark.parametrize("name, function", [pytest.param(*key, marks=pytest.mark.slow if key in SLOW_SLIDERS else ())
+                                            for key in SLIDERS])
 def test_sliders(name, function, monkeypatch, capsys, as_before):
     """Moved to three positions, each draws or prints what belongs to its position."""
     matplotlib.use("Agg")

@@ -1,11 +1,12 @@
 # %% [markdown]
-# # Sampling: from logits to text
+# # 5. Sampling: from logits to text
 #
 # A language model does not write. It gives a number to every token of its vocabulary, and something else has to
-# choose. That something fills a page of `sampling.py`, and most of what a text feels like is decided there.
+# choose. `sampling.py` does this, and its settings change how the text reads.
 #
-# **Time** 35 minutes, exercises not counted (they are 85 more). **Needs** a CPU and the bundled demo checkpoints; a
-# network only for what `official` fetches, which is skipped without one. You should know what a logit and a softmax are.
+# **Time** 35 minutes to read, and 85 minutes for the four exercises. **Needs** a CPU and the bundled demo checkpoints; a
+# network only for what `official` fetches, which is skipped without one, and transformers for the last section.
+# You should know what a logit and a softmax are. Letters and terms: [the words and letters](README.md).
 #
 # **Objectives.** After this notebook you can
 # - read a next-token distribution and say how unsure it is,
@@ -16,17 +17,18 @@
 
 # %%
 import sys; sys.path[:0] = [".."]                      # the modules lie one folder up
-import inspect, itertools, math, time
+import itertools, math, time
 import torch
 from attention import KVCache
-from sampling import Settings, choose, keep_top_k, keep_top_p, stream
-from lesson import exercise, official
+from sampling import Settings, choose, keep_min_p, keep_top_k, keep_top_p, penalize, stream
+from lesson import exercise, official, same, show
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from plots import *
 from score import likeliest, log_probs, score_text, shown, windows
+from training.finetune_shakespeare import acts
 
 # %%
-torch.set_num_threads(1)                               # one core: times are steadier
+torch.set_num_threads(1)                               # one core: the same numbers at each run
 torch.set_grad_enabled(False)
 path = "../checkpoints/demo-neo"
 model = AutoModelForCausalLM.from_pretrained(path)
@@ -59,15 +61,15 @@ print(tuple(ids.shape), tuple(text.shape),
       f"{len(speech) / text.size(1):.1f} characters a token")
 
 # %% [markdown]
-# ## 1 · The distribution
+# ## 1. The distribution
 #
 # The model gives logits (B, T, V): after every token, a score for each of the V possible next ones. To continue the
 # prompt we need the last row only. Its softmax is the *next-token distribution*.
 #
-# **Predict:** Shakespeare's next word is "hereafter". How much probability do you give to the likeliest single token,
-# and to the twenty likeliest together, before you run the next cell?
+# **Predict:** Shakespeare's next word is "hereafter". How much probability will the likeliest single token have,
+# and the twenty likeliest together?
 
-# %%
+# %% alt="Bars of the 20 likeliest tokens after She should have died; the longest is below 0.2, and the shortest are near 0.01."
 scores = model(ids).logits[:, -1].float()                          # (1, V)
 probs = scores.softmax(-1)[0]                                      # (V,)
 top = likeliest(model, tokenizer, prompt, 20)                      # (probability, id, shown text)
@@ -80,13 +82,8 @@ if pythia := official("EleutherAI/pythia-70m"):                    # the list of
     print(*likeliest(*pythia, prompt, 5), sep="\n")
 
 # %% [markdown]
-# One number for how unsure that is: the *entropy*, $H = -\sum_i p_i \log_2 p_i$, in bits. $2^H$ reads more easily: the
-# model is as unsure as somebody who has to choose among $2^H$ equally likely tokens. The next cell has the prompt's.
-#
-# The entropy is a property of the place. The cell after it shows the whole speech, each token coloured by how unsure the model
-# was before it (dark: unsure; ↵ is a line break; the first token is left out, since nothing stands before it).
-#
-# **Predict:** where is the model sure?
+# One number says how unsure that is: the *entropy*, $H = -\sum_i p_i \log_2 p_i$, in bits. $2^H$ is easier to read: the
+# model is as unsure as somebody who has to choose among $2^H$ equally likely tokens.
 
 # %%
 def entropy(p):
@@ -96,18 +93,25 @@ def entropy(p):
 H = entropy(probs)
 print(f"{H:.2f} bits, as among {2 ** H:.0f} equal tokens; at most {math.log2(2048):.0f} bits")
 
-# %%
+# %% [markdown]
+# The entropy differs from place to place. Here is the whole speech, each token coloured by how unsure the model
+# was before it (dark: unsure; ↵ is a line break; the first token is left out, since nothing stands before it).
+#
+# **Predict:** where is the model sure?
+
+# %% alt="The speech of Macbeth, each token on a ground of its entropy: the ends of lines are light, most words are dark."
 along = model(text).logits[0].float()                              # (T, V), row t predicts t + 1
 unsure = entropy(along.softmax(-1))[:-1]                           # (T - 1,)
 pieces = [tokenizer.decode([i]) for i in text[0, 1:].tolist()]
 coloured_text(pieces, unsure, "How unsure before each token of the speech", "entropy, bits")
 ends = unsure[[piece == "\n" for piece in pieces]]
 print(f"{unsure.mean():.2f} bits on average, {ends.mean():.2f} before line breaks")
+assert ends.mean() < unsure.mean() - 1
 
 # %% [markdown]
-# This little model knows verse better than words: it is surest where a line ends.
+# This little model is surer where a line ends than elsewhere.
 #
-# ## 2 · Greedy, and its loops
+# ## 2. Greedy, and its loops
 #
 # The simplest choice is always the likeliest token. It needs no randomness and no settings.
 #
@@ -117,13 +121,15 @@ print(f"{unsure.mean():.2f} bits on average, {ends.mean():.2f} before line break
 far = dict(max_new_tokens=300, eos_token_id=None)                  # 300 tokens, whatever they are
 greedy = model.generate(ids, **far)                                # (1, T + 300)
 print(tokenizer.decode(greedy[0, :200]))
+repeated = greedy[0, -60:].unfold(0, 4, 1)                         # runs of four at the end
+assert len(repeated.unique(dim=0)) < 0.5 * len(repeated)
 
 # %% [markdown]
-# It falls into a loop and does not find out again. To see that the fault is in the choice and not in the model, let the model
-# itself judge three texts. The *surprise* of a token is $-\log_2 p$ bits, the probability being the one that the model gave
+# The text falls into loops and still repeats itself at the end. Is the model to blame, or the choice? Let the model
+# itself judge three texts. The *surprise* of a token is $-\log_2 p$ bits, where $p$ is the probability that the model gave
 # it. (`log_probs` is from `score.py`; section 10.)
 
-# %%
+# %% alt="Surprise so far over some 150 tokens: the line of the greedy text is the lowest and flattens, the lines of Shakespeare and of the drawn text rise together far above it."
 def seeded(n):
     return torch.Generator().manual_seed(n)            # our own random numbers; section 7
 
@@ -135,15 +141,23 @@ for name, row in bits.items():
 curves(range(1, n + 1), bits, "Greedy text is far likelier than what people write",
        "tokens", "surprise so far, bits")
 print({name: round(line[-1].item() / n, 2) for name, line in bits.items()}, "bits a token")
+for seed in range(1, 5):
+    row = model.generate(ids, do_sample=True, top_k=0, generator=seeded(seed), **far)[0]
+    total = -log_probs(model, row)[:n].sum() / math.log(2)
+    print(f"drawn with seed {seed}: {total / n:.2f}")
+    assert 0.75 < total / bits["Shakespeare"][-1] < 1.3
 assert 2 * bits["greedy"][-1] < bits["Shakespeare"][-1]
 
 # %% [markdown]
-# People do not write the likeliest words; a text that never surprises says nothing. A text *drawn* from the
-# distribution is about as surprising as Shakespeare's, and that is the case for sampling. (It was Holtzman and others who
+# People do not write the likeliest words. Greedy text has less than half the surprise of Shakespeare's, while a text *drawn* from the
+# distribution is about as surprising as his, for each of five seeds. This is the reason for sampling. (Holtzman and others
 # made this picture famous: *The Curious Case of Neural Text Degeneration*, 2020.)
 #
 # A cheap repair of greedy is a *repetition penalty*: what already stands in the text, prompt included, becomes
 # unlikelier. `penalize` divides a positive score by the penalty and multiplies a negative one by it.
+
+# %%
+show(penalize)
 
 # %%
 def distinct(ids):
@@ -151,17 +165,20 @@ def distinct(ids):
     runs = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
     return len(set(runs)) / len(runs)
 
+new_runs = {}
 for penalty in (1.0, 1.2, 1.3):
     new = model.generate(ids, repetition_penalty=penalty, **far)[0, ids.size(1):].tolist()
+    new_runs[penalty] = distinct(new)
     print(f"--- penalty {penalty}: {distinct(new):.0%} of the runs of four are new")
     print(tokenizer.decode(new[-60:]), end="\n\n")
+assert new_runs[1.0] < new_runs[1.2] <= new_runs[1.3]
 
 # %% [markdown]
-# It helps, and it is a crutch: it counts an id once however often it stands there, and it punishes "the" and the full
-# stop as much as "my lord". Those are the ends of the texts; the higher penalty only loops later.
+# Shown are the ends of the texts. The penalty helps, but it is crude: an id counts once, however often it stands there, and "the" and the full
+# stop are penalized as much as "my lord".
 #
 # ### Exercise 5.1 · A penalty that counts
-# *Difficulty 2/5 · importance ●●○○○ · 15 minutes*
+# Difficulty 2 of 5 · 15 minutes
 #
 # `penalize` treats an id that stood there once like one that stood there thirty times. Write the *frequency penalty*:
 # every occurrence of an id in a row takes `alpha` off that row's score for it. Leave the scores that you were given as they are.
@@ -175,12 +192,13 @@ def count_penalty(scores, ids, alpha):
 with exercise("5.1"):
     given = torch.tensor([[1.0, 2.0, -3.0, 0.0], [1.0, 2.0, -3.0, 0.0]])
     there = torch.tensor([[2, 0, 2], [1, 1, 1]])
-    found = count_penalty(given, there, 0.5)
-    assert found is not None, "nothing came back"
-    assert given[0].tolist() == [1.0, 2.0, -3.0, 0.0], "the scores you were given changed"
-    right = [[0.5, 2.0, -4.0, 0.0], [1.0, 0.5, -3.0, 0.0]]
-    assert found.tolist() == right, f"{found.tolist()}, not {right}"
-    assert torch.equal(count_penalty(scores, greedy, 0.0), scores), "alpha = 0 changes nothing"
+    for row, seen, right in (([1.0, 2], [0], [0.5, 2.0]), ([1.0, 2], [0, 0], [0.0, 2.0])):
+        case = f"scores [{row}], ids [{seen}], alpha 0.5"
+        same(count_penalty(torch.tensor([row]), torch.tensor([seen]), 0.5), [right], case)
+    same(count_penalty(given, there, 0.5), [[0.5, 2.0, -4.0, 0.0], [1.0, 0.5, -3.0, 0.0]],
+         f"scores {given.tolist()}, ids {there.tolist()}, alpha 0.5")
+    same(given[0], [1.0, 2.0, -3.0, 0.0], "the scores that you were given, afterwards")
+    same(count_penalty(scores, greedy, 0.0), scores, "alpha = 0")
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -210,21 +228,21 @@ def count_penalty(scores, ids, alpha):
     return scores.scatter_add_(1, ids, torch.full(ids.shape, -alpha))   # in place
 
 # %% [markdown]
-# ## 3 · Temperature
+# ## 3. Temperature
 #
-# From here on we draw. All that happens between the scores and the token is `choose`, with two helpers that
-# section 4 explains:
+# From here on we draw. All that happens between the scores and the token is `choose`. It goes through the steps that the settings ask for, in
+# a fixed order; section 4 explains two of them:
 
 # %%
-print("\n".join(inspect.getsource(f) for f in (choose, keep_top_k, keep_top_p)))
+show(choose, keep_top_k, keep_top_p)
 
 # %% [markdown]
-# The first step divides the scores by the *temperature*. The odds of two tokens, $p_i/p_j = e^{s_i - s_j}$, are thereby raised
-# to the power $1/t$: below 1 the likely gets likelier, above 1 all come closer together. The order of the tokens never changes.
+# One step divides the scores by the *temperature*. The odds of two tokens, $p_i/p_j = e^{s_i - s_j}$, are thereby raised
+# to the power $1/t$. Below 1 the likely becomes likelier, above 1 all tokens come closer together. The order of the tokens never changes.
 #
 # **Predict:** what is the entropy as $t \to 0$, and as $t \to \infty$?
 
-# %%
+# %% alt="Left: probability by rank at temperatures 0.5, 1 and 2, three falling curves of which the coldest is steepest. Right: the entropy rises with temperature from 0 to 11 bits."
 ts = torch.logspace(-1.3, 1.3, 40)                                 # 0.05 to 20
 three = {f"t = {t}": (scores[0] / t).softmax(-1) for t in (0.5, 1.0, 2.0)}
 left, right = panels(2)
@@ -233,24 +251,26 @@ curves(ts, {"entropy": [entropy((scores[0] / t).softmax(-1)) for t in ts]},
        "From certainty to all alike", "temperature", "entropy, bits", right, log="x")
 cold = model.generate(ids, do_sample=True, temperature=1e-4, max_new_tokens=40)
 assert torch.equal(cold, greedy[:, :cold.size(1)])                 # t → 0 is greedy
+low, high = (entropy((scores[0] / t).softmax(-1)) for t in (1e-4, 1e4))
+assert low < 1e-3 and high > 11 - 1e-3
 
 # %% [markdown]
-# Towards 0 all probability goes to one token (0 bits) and sampling becomes greedy; towards infinity all 2048 are alike (11
+# Towards 0 all probability goes to one token (0 bits) and sampling becomes greedy; towards infinity all 2048 tokens become equally likely (11
 # bits). Exactly 0 would divide by zero, so it is a case of its own: `do_sample=False` here, `--temperature 0` on the command line.
 #
-# ## 4 · Cutting the tail: top-k and top-p
+# ## 4. Cutting the tail: top-k and top-p
 #
-# Each of the many tokens far down the list is next to impossible, but together they are not, and a single wrong one can
-# derail a text. *Top-k* keeps the k likeliest. *Top-p* (nucleus sampling) keeps the smallest set
+# Each of the many tokens far down the list is very unlikely, but together they are not, and a single wrong token can
+# spoil a text. *Top-k* keeps the k likeliest. *Top-p* (nucleus sampling) keeps the smallest set
 # that holds probability p. What is left is scaled up to 1 again by the softmax.
 #
-# Here are the three side by side, on our prompt. A plot by rank hides the tail, since 2000 thin bars look like nothing. So
+# Here are the three side by side, on our prompt. In a plot by rank the 2000 thin bars of the tail cannot be seen. So
 # the ranks are grouped, each group twice as wide as the one before (1, 2–3, 4–7, …), and a bar is the probability of its
 # *whole* group.
 #
 # **Predict:** how much lies beyond rank 63?
 
-# %% tags=["cover"]
+# %% tags=["cover"] alt="Three plots of probability by groups of ranks, the model's in grey and what is drawn from in outline: temperature 0.7 moves it to the low ranks, top-k 20 and top-p 0.9 cut off the tail."
 def distribution(scores, temperature=1.0, k=0, p=1.0):
     """What `choose` draws from: (1, V) -> (V,)"""
     left = keep_top_k(scores / temperature, k or scores.size(1))
@@ -261,29 +281,32 @@ rank_octaves(probs, {"temperature 0.7 moves it": distribution(scores, temperatur
                      "top-p 0.9 cuts at a probability": distribution(scores, p=0.9)})
 beyond = probs.sort(descending=True).values[63:].sum()
 print(f"beyond rank 63: {beyond:.2f} of the probability")
+assert beyond > 0.1 and probs.sort().values[-64] < 0.01
 
 # %% [markdown]
-# The same on the likeliest tokens themselves, for four settings of the two knobs that matter most, t and p. After it, the same
-# picture with a slider for each.
+# The same on the likeliest tokens themselves, for four settings of temperature and p:
 
-# %%
+# %% alt="Four plots of the 18 likeliest tokens, the model's probability in grey and what is drawn from in blue, for four pairs of temperature and p; each title counts the tokens that are left."
 names = [shown(token) for token in tokenizer.convert_ids_to_tokens(range(2048))]
 knobs = [(1.0, 0.9), (1.0, 0.5), (0.6, 0.9), (1.5, 0.9)]
 candidates(names, probs, {f"t {t}, p {p}": distribution(scores, t, p=p) for t, p in knobs})
 
+# %% [markdown]
+# With a slider for each:
+
 # %% tags=["interactive"]
 from ipywidgets import interact
 
-def look(t=1.0, p=0.9):
+def candidates_slider(t=1.0, p=0.9):
     candidates(names, probs, {f"t {t:.1f}, p {p:.2f}": distribution(scores, t, p=p)})
 
-interact(look, t=(0.1, 2.0, 0.1), p=(0.05, 1.0, 0.05));
+interact(candidates_slider, t=(0.1, 2.0, 0.1), p=(0.05, 1.0, 0.05));
 
 # %% [markdown]
-# ### A deliberate mistake: dropping the token that crosses p
+# **A deliberate mistake: dropping the token that crosses p.** “Keep tokens while their sum is at most p” sounds right and is a common way to write it. Try it on our prompt, with smaller and
+# smaller p.
 #
-# “Keep tokens while their sum is at most p” sounds right and is a common way to write it. Try it on our prompt, with ever
-# smaller p. **Predict:** how many tokens are kept at p = 0.1?
+# **Predict:** how many tokens are kept at p = 0.1?
 
 # %%
 def kept(scores):
@@ -303,12 +326,12 @@ print(f"along the speech {empty.sum()} of {len(empty)} sets are empty at p = 0.5
 assert kept(keep_at_most_p(scores, 0.1)) == 0 and empty.any()
 
 # %% [markdown]
-# Nothing is left at p = 0.1: the first token alone is above it. A softmax over nothing is 0/0, and from that nobody can draw.
+# Nothing is left at p = 0.1: the first token alone is above it. A softmax over nothing is 0/0, and nobody can draw from that.
 # Along the speech it happens even at 0.5, wherever one token has more than half of the probability. Where the set is not empty,
-# the mistake is worse, for it is silent: the set holds less than p and lacks its last token.
+# nobody notices the mistake, which is worse: the set holds less than p and lacks its last token.
 #
-# **The repair:** drop a token if those *before* it already hold p, so the one that crosses stays. `keep_top_p` sums from the
-# bottom up and says the same.
+# **The repair:** drop a token if those *before* it already hold p, so that the one that crosses p stays. `keep_top_p` sums from the
+# least likely token on, and keeps the same tokens.
 
 # %%
 def keep_until_p(scores, p):
@@ -323,46 +346,45 @@ for p in (0.1, 0.5, 0.9):
     assert torch.equal(kept(keep_until_p(along, p)), right)
     short = set((right - kept(keep_at_most_p(along, p))).tolist())
     print(f"p = {p}: repaired as large as the module's everywhere, broken short by {short}")
+    assert short == {1}
 
 # %% [markdown]
-# ### k fits nowhere, p adapts
-#
-# The place decides how many tokens are reasonable. Count them along the speech.
+# **k is fixed, p adapts.** How many tokens are reasonable differs from place to place. Count them along the speech.
 #
 # **Predict:** between which numbers will the size of the top-p set move, at p = 0.9?
 
-# %%
+# %% alt="Tokens kept along 100 tokens of the speech, on a logarithmic axis: top-p 0.9 moves between 1 and several hundred, top-k 50 is a level line."
 sizes = kept(keep_top_p(along, 0.9))                               # (T,)
 curves(range(100), {"top-p 0.9": sizes[:100], "top-k 50": [50] * 100},
        "One k is too many here and too few there", "token of the speech", "tokens kept", log="y")
 print(f"from {sizes.min()} to {sizes.max()}, the middle one {sizes.median()}")
 assert sizes.min() == 1 and sizes.median() > 100
+assert (sizes > 100).float().mean() > 0.5
 
 # %% [markdown]
-# Where the line must end, one token is possible, and k = 50 lets 49 others in. In most places more than a hundred are, and
-# k = 50 leaves them out. Note that `generate` samples with `top_k=50` unless told otherwise, as in transformers: `top_k=0` turns it off.
+# In some places one token alone holds 0.9, and k = 50 lets 49 others in. In most places it takes more than a hundred, and
+# k = 50 leaves half of them out. Note that `generate` samples with `top_k=50` unless told otherwise, as in transformers: `top_k=0` turns it off.
 #
 # ### Exercise 5.2 · Min-p
-# *Difficulty 1/5 · importance ●●○○○ · 10 minutes*
+# Difficulty 1 of 5 · 10 minutes
 #
 # *Min-p* (Nguyen and others, 2024) keeps the tokens whose probability is at least `m` times that of the row's likeliest one.
-# Where the model is sure, that is few, and elsewhere many. Give the others -inf.
+# Where the model is sure, these are few, and elsewhere many. Return the scores, with -inf for all other tokens. (`sampling.py` has
+# it as `keep_min_p`, with which the check compares; write yours first.)
 
 # %% tags=["stub"]
-def keep_min_p(scores, m):
+def min_p(scores, m):
     """(B, V) -> (B, V)"""
     ...
 
 # %% tags=["check"]
 with exercise("5.2"):
-    hand = torch.log(torch.tensor([[0.50, 0.25, 0.22, 0.03], [0.05, 0.90, 0.03, 0.02]]))
-    found = keep_min_p(hand, 0.4)
-    assert found is not None, "nothing came back"
-    stays = found > -math.inf
-    assert stays.int().tolist() == [[1, 1, 1, 0], [0, 1, 0, 0]], "not these tokens"
-    assert torch.equal(found[stays], hand[stays]), "scores that stay must not change"
-    assert torch.equal(keep_min_p(scores, 1.0), keep_top_k(scores, 1)), "m = 1: the likeliest"
-    assert torch.equal(keep_min_p(scores, 0.0), scores), "m = 0 keeps all"
+    for rows in ([[0.5, 0.3, 0.2]], [[0.4, 0.25, 0.1, 0.25], [0.05, 0.9, 0.03, 0.02]]):
+        hand = torch.log(torch.tensor(rows))
+        kept_p = [[p if p >= 0.5 * max(row) else 0 for p in row] for row in rows]
+        same(min_p(hand, 0.5), torch.tensor(kept_p).log(), f"log of {rows}, m = 0.5", 1e-6)
+    for m in (1.0, 0.05, 0.0):
+        same(min_p(scores, m), keep_min_p(scores, m), f"the prompt, m = {m}", 1e-6)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -373,7 +395,7 @@ with exercise("5.2"):
 # <details><summary>Solution</summary>
 #
 # ```python
-# def keep_min_p(scores, m):
+# def min_p(scores, m):
 #     """(B, V) -> (B, V)"""
 #     p = scores.softmax(-1)
 #     return scores.masked_fill(p < m * p.amax(-1, keepdim=True), float("-inf"))
@@ -381,23 +403,29 @@ with exercise("5.2"):
 # </details>
 
 # %% tags=["wrong"]
-def keep_min_p(scores, m):
+def min_p(scores, m):
     return scores.masked_fill(scores.softmax(-1) < m, float("-inf"))   # absolute
 
 # %% tags=["wrong"]
-def keep_min_p(scores, m):
+def min_p(scores, m):
     p = scores.softmax(-1)
     return scores.masked_fill(p < m * p.max(), float("-inf"))          # the batch's likeliest
 
+# %% tags=["wrong"]
+def min_p(scores, m):
+    p = scores.softmax(-1)                                             # probabilities, not scores
+    return p.masked_fill(p < m * p.amax(-1, keepdim=True), float("-inf"))
+
 # %% [markdown]
-# ## 5 · Order matters
+# ## 5. Order matters
 #
-# `choose` goes temperature, top-k, top-p, as transformers does. Others cut first and warm afterwards (llama.cpp, by default). For
-# top-k it is the same, since temperature keeps the order of the tokens. For top-p it is not.
+# `choose` applies temperature, then top-k, then top-p, as transformers does. Other programs cut first and apply the temperature afterwards (llama.cpp
+# [by default](https://github.com/ggml-org/llama.cpp/blob/b4000/examples/main/README.md)). For
+# top-k both give the same set, since temperature keeps the order of the tokens. For top-p they do not.
 #
 # **Predict:** at temperature 2, is the top-p set larger if the temperature comes first?
 
-# %%
+# %% alt="Tokens kept against temperature, on a logarithmic axis: a rising curve if the temperature comes first, a level line if top-p comes first; they cross at temperature 1."
 ts = torch.linspace(0.3, 2.5, 45)
 warm_first = [kept(keep_top_p(scores / t, 0.9)).item() for t in ts]
 cut_first = kept(keep_top_p(scores, 0.9)).item()
@@ -410,18 +438,18 @@ assert at_two > 5 * cut_first
 assert torch.equal(keep_top_k(scores / 2, 50), keep_top_k(scores, 50) / 2)     # top-k: the same
 
 # %% [markdown]
-# Warming first flattens the distribution, so that it takes more than five times as many tokens to gather 0.9; that is how a
-# "creative" temperature lets the tail in through a top-p that looked strict. The same settings mean different texts
-# in programs that differ in the order.
+# A temperature above 1 flattens the distribution, so that it takes more than five times as many tokens to gather 0.9. A
+# high temperature thus lets the tail in, even with a strict top-p. In a program with the other order, the same settings
+# mean another distribution.
 #
-# ## 6 · Numerics
+# ## 6. Numerics
 #
 # `stream` turns the logits into float32 before it does anything else. Half precision (float16) has no number between 0
 # and 6e-8, and a softmax has many.
 #
 # **Predict:** how many of the 2048 tokens get a probability of exactly 0 in float16?
 
-# %%
+# %% alt="Probability by rank on a logarithmic axis, in float32 and float16: both fall together until 6e-8, where the float16 curve ends."
 half = along.half().softmax(-1).float()                            # (T, V), computed in float16
 zeros = (half == 0).sum(-1)                                        # (T,)
 most = zeros.argmax()
@@ -431,15 +459,17 @@ by_rank({"float32": along[most].softmax(-1), "float16": half[most]},
 lost = (along.softmax(-1) * (half == 0)).sum(-1).max()
 print(f"the smallest float16 is {2**-24:.1e}; {zeros[most]} zeros here,",
       f"{zeros.float().mean():.0f} at an average place, at most {lost:.1e} together")
+assert zeros[most] > 100 and lost < 1e-3
+assert ((half == 0).sum() - (along.half().softmax(-1) == 0).sum()) == 0        # and stay 0
 
 # %% [markdown]
-# They are rare, and together they hold next to nothing, so a short text hides it. But what is 0 can never be drawn, and the
-# *logarithm* of that 0, the score of a text that contains the token, is minus infinity. Converting to float32 after the
+# Together these tokens have a probability of less than 0.001, so a short text hides it. But a token of probability 0 can never be drawn, and the
+# *logarithm* of that 0, which the score of a text with the token contains, is minus infinity. Converting to float32 after the
 # softmax does not bring the numbers back.
 #
-# **Rows without a token.** Large models round the number of rows of the output matrix up, for the hardware's sake. The rows beyond the
-# last token have no text, but the softmax does not know it. Our demo model has none, so here are 128 fresh ones; the cell prints
-# their probability together.
+# **Rows without a token.** Large models have more rows in the output matrix than tokens, since round numbers are faster on GPUs. The rows beyond the
+# last token have no text, but the softmax does not know this. Our demo model has none, so we add 128 rows, drawn at random as before training, and print
+# their probability together:
 
 # %%
 hidden = model.transformer(ids).last_hidden_state[:, -1]           # (1, C)
@@ -448,19 +478,19 @@ padded = torch.cat([scores, hidden @ fresh.T], dim=1)              # (1, V + 128
 print(f"128 rows: {padded.softmax(-1)[0, 2048:].sum():.1%}, text {tokenizer.decode([2050])!r}")
 padded[:, len(tokenizer):] = -math.inf                             # what stream's real_vocab does
 assert torch.allclose(padded.softmax(-1)[0, :2048], probs, atol=1e-6)
+assert tokenizer.decode([2050]) == ""
 
 # %% [markdown]
-# Such a row is never the right answer, so training pushes it down, but nothing makes it 0. The command line leaves these rows out.
+# Such a row is never the right answer, so training lowers its probability, but a softmax never makes it 0. The command line leaves these rows out.
 # `model.generate` keeps them in, to give the reference's text.
 #
-# ## 7 · Seeds
+# ## 7. Seeds
 #
-# A `torch.Generator` is a stream of random numbers with a memory. The same seed gives the same stream, and each draw
-# uses some of it up. Passing your own, rather than `torch.manual_seed`, keeps other code from drawing in between.
+# A `torch.Generator` gives a sequence of random numbers. The same seed gives the same sequence, and each draw
+# takes the next numbers of it. If you pass your own generator instead of calling `torch.manual_seed`, no other code can draw from it in between.
 #
 # **Predict:** which of these changes leave the text as it is? Each repeats a run of 100 tokens with one thing changed.
-# (bfloat16 numbers take half the memory of float32 and have two or three digits. `cumprod` turns
-# everything behind the first difference into zeros, so that the sum counts the tokens before it.)
+# (bfloat16 numbers take half the memory of float32 and have two or three digits.)
 
 # %%
 def sampled(model=model, seed=0, rows=1, **settings):
@@ -474,25 +504,29 @@ changes = {"nothing": sampled(), "another attention kernel": sampled(naive),
            "bfloat16": sampled(coarse), "top-p 0.99": sampled(top_p=0.99),
            "a second row in the batch": sampled(rows=2), "another seed": sampled(seed=1)}
 
-# %%
+# %% [markdown]
+# How many tokens are the same before the first difference? (`cumprod` turns everything behind the first difference into zeros.)
+
+# %% alt="Bars of the number of tokens, of 100, before the texts differ: 100 if nothing changed, few for another seed or a second row."
 first = sampled()
 agree = {name: (other == first).int().cumprod(0).sum().item() for name, other in changes.items()}
 bars(list(agree), list(agree.values()), "Tokens until the texts part", "tokens of 100")
 print(agree)
-assert agree["nothing"] == 100 and agree["a second row in the batch"] < 100
+assert agree["nothing"] == 100 and 1 <= agree["a second row in the batch"] < 100
+assert agree["another seed"] < 100
 
 # %% [markdown]
-# The same run twice is the same text, on one machine. A second row takes numbers from the same stream: the first row's *first* draw
-# is as before, and its second is not. Another kernel or dtype, and as well another device or number of threads, changes the
-# last bits of the logits, mostly without effect, until a draw falls on the edge between two tokens; then everything after
-# it differs. So a seed repeats an experiment; it does not name a text.
+# The same run twice gives the same text, on one machine. A second row takes numbers from the same sequence: the first row's *first* draw
+# is as before, and its second is not. Another kernel, dtype, device or number of threads changes the
+# last bits of the logits. This has no effect until a draw falls on the edge between two tokens; from there on the texts
+# differ. So a seed repeats an experiment on one machine; it does not stand for one text everywhere.
 #
 # ### Exercise 5.3 · The chance that one of N contains it
-# *Difficulty 3/5 · importance ●●●○○ · 20 minutes*
+# Difficulty 3 of 5 · 20 minutes
 #
-# One sample is an anecdote. You drew M texts and `hits[i]` says whether text i has what you look for. What is the chance that
-# at least one of N texts (N ≤ M) has it? Estimate it from all M: the average over *all* choices of N among your M,
-# in closed form. (Benchmarks of code call it pass@k.) Here are 60 texts to try it on:
+# One sample proves little. You drew M texts, and `hits[i]` says whether text i has what you look for. What is the chance that
+# at least one of N texts (N ≤ M) has it? Estimate it from all M texts: take the average over *all* choices of N among your M,
+# as a formula. (Benchmarks of code call it pass@k.) Here are 60 texts to try it on:
 
 # %%
 texts = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=20,
@@ -508,13 +542,12 @@ def chance(hits, N):
 
 # %% tags=["check"]
 with exercise("5.3"):
-    hand = [[True, False, False, True, False, False], [False] * 5, [True] * 4, hits[:8] + [True]]
+    hand = [[True, False], [True, False, False], [False] * 5, [True] * 4, hits[:8] + [True]]
     for sample in hand:
         for N in range(1, len(sample) + 1):
-            found, every = chance(sample, N), list(itertools.combinations(sample, N))
-            assert found is not None, "nothing came back"
+            every = list(itertools.combinations(sample, N))
             share = sum(any(choice) for choice in every) / len(every)
-            assert abs(found - share) < 1e-9, f"{sample}, N = {N}: {found:.3f}, not {share:.3f}"
+            same(chance(sample, N), share, f"hits {sample}, N = {N}", 1e-6)
     for N in (1, 5, 20):
         print(f"at least one 'lord' in {N:2} texts: {chance(hits, N):.2f}")
 
@@ -542,16 +575,17 @@ def chance(hits, N):
 def chance(hits, N):
     return min(1.0, N * sum(hits) / len(hits))
 
+# %% tags=["wrong"]
+def chance(hits, N):
+    return float(any(hits[:N]))                                        # the first N alone
+
 # %% [markdown]
-# ## 8 · The KV cache
+# ## 8. The KV cache
 #
-# `stream`, the loop itself, is short; read it in `sampling.py`. The prompt is read once; then each new token alone is fed back,
-# and attention finds the keys and values of all earlier ones in the cache.
+# `stream` is the loop itself. The prompt is read once (*prefill*); then each new token alone is fed back (*decode*),
+# and attention finds the keys and values of all earlier tokens in the cache.
 #
-# First: is that the same computation? Read the speech at once (that was `along`), and token by token through a cache. Then
-# measure the time of one more token. Without a cache the whole text passes through the model for each.
-#
-# **Predict:** how many times slower is that at 500 tokens? And how do the two curves grow?
+# Is this the same computation? Read the speech at once (that was `along`), and token by token through a cache:
 
 # %%
 cache, steps = KVCache(model.config, 1, text.size(1)), []
@@ -561,41 +595,60 @@ error = (torch.cat(steps, dim=1)[0] - along).abs().max()
 print(f"largest difference of {along.numel():,} logits: {error:.1e}")
 assert error < 1e-3
 
+# %% [markdown]
+# Without a cache the whole text passes through the model again for each new token.
+#
+# **Predict:** how many multiplications with weights does one more token then take at 500 tokens, compared with a cache? And how much longer does it take?
+
+# %% alt="Numbers multiplied with a weight or with each other, in millions, for one more token: without a cache a line that rises steeply, with a cache one that hardly rises."
+def products(n, cached):
+    """Multiplications for one more token at the end of n: by weights, and in attention."""
+    C, new = model.config.hidden_size, 1 if cached else n          # tokens through the blocks
+    weights = sum(p.numel() for p in model.transformer.blocks.parameters())
+    keys = [min(n, window or n) for window in windows_of]          # at most, in each layer
+    return new * weights + sum(2 * C * new * k for k in keys) + C * model.config.vocab_size
+
+windows_of = [model.config.window_size if kind == "local" else None
+              for kind in model.config.attention_layers]
+lengths = range(1, 501)
+work = {name: [products(n, cached) / 1e6 for n in lengths]
+        for name, cached in (("without a cache", False), ("with it", True))}
+curves(lengths, work, "One more token", "tokens so far", "million multiplications")
+print(f"at 500 tokens {work['without a cache'][-1]:.0f} and {work['with it'][-1]:.1f} million")
+assert work["without a cache"][-1] > 200 * work["with it"][-1]
+assert work["with it"][-1] < 1.5 * work["with it"][0]
+
+# %% [markdown]
+# The picture counts, so it is the same on every machine. A clock gives a smaller factor, since many small steps keep a processor less busy than one large one:
+
 # %%
-def milliseconds(f):
+def seconds(f):
     """The best of five."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
         f()
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(time.perf_counter() - start)
     return min(times)
 
-lengths, without, through = [25, *range(50, 501, 50)], [], []
-for n in lengths:
-    row, cache = torch.randint(2048, (1, n)), KVCache(model.config, 1, n + 5)
-    model(row[:, :-1], cache=cache, logits_to_keep=1)              # what has been read before
-    without.append(milliseconds(lambda: model(row, logits_to_keep=1)))
-    through.append(milliseconds(lambda: model(row[:, -1:], cache=cache, logits_to_keep=1)))
-
-# %%
-curves(lengths, {"without a cache": without, "with it": through},
-       "One more token, measured here", "tokens so far", "milliseconds")
-factor = without[-1] / through[-1]
-print(f"at 500 tokens {without[-1]:.0f} and {through[-1]:.1f} ms, a factor of {factor:.0f}")
+row, cache = torch.randint(2048, (1, 500)), KVCache(model.config, 1, 505)
+model(row[:, :-1], cache=cache, logits_to_keep=1)                  # what has been read before
+factor = seconds(lambda: model(row, logits_to_keep=1)) / seconds(
+    lambda: model(row[:, -1:], cache=cache, logits_to_keep=1))
+print("slower without a cache, by", "more than 3 times" if factor > 3 else f"{factor:.1f} times")
 print(f"the cache of 512 tokens takes {KVCache(model.config, 1, 512).nbytes / 2**20:.2f} MiB")
-assert factor > 3
+assert 3 < factor < work["without a cache"][-1] / work["with it"][-1]
 
 # %% [markdown]
-# With the cache a token costs nearly the same at any length, since only that token passes through the weights; without it, the
-# whole text is worked through again, so a text of n tokens costs about n²/2 tokens' work. The price is memory. Half
+# With the cache a token costs nearly the same at any length, since only that token passes through the weights. Without it, the
+# whole text passes through again, so a text of n tokens costs the work of about n²/2 tokens. The price is memory. Half
 # of GPT-Neo's layers are local, and their queries never look back more than a window, here 64; `KVCache` lets those layers forget.
 #
-# What remains is overhead and the weights. `fast/step.py` writes the step for one token once more, in forms that
-# `torch.compile` turns into a few loops: `model.generate(ids, compile=True)`, or `--compile`. It needs a C++ compiler and some
-# seconds to warm up, so it is not run here.
+# What remains is reading the weights, and the overhead of many small steps. `fast/step.py` writes the step for one token once more, in a form that
+# `torch.compile` turns into a few loops: `model.generate(ids, compile=True)`, or `--compile` on the command line. It needs a C++ compiler and takes some
+# seconds to start, so it is not run here.
 #
-# ## 9 · Streaming
+# ## 9. Streaming
 #
 # `stream` is a generator: it yields each token as soon as it is chosen, and computes no further than it is asked.
 
@@ -605,11 +658,13 @@ times, start = [], time.perf_counter()
 for token in stream(model, ids, settings=Settings.of(model, how), generator=seeded(3)):
     print(tokenizer.decode(token), end="|")
     times.append(1000 * (time.perf_counter() - start))
-print(f"\n\nthe first piece was there after {times[0]:.0f} ms, the last after {times[-1]:.0f}")
+assert times[0] < times[-1] / 2                                    # long before the last piece
 
 # %% [markdown]
-# Decoding token by token works as long as a token is whole text. A byte-level tokenizer's tokens are *bytes*, and outside ASCII
-# a character has two to four. **Predict:** what does the loop above print for “— é”?
+# The first piece appears long before the last. Decoding token by token works as long as each token is whole text. But the tokens of a byte-level tokenizer are *bytes*, and outside ASCII
+# a character has two to four bytes.
+#
+# **Predict:** what does the same loop print for the tokens of “— é!”?
 
 # %%
 dash = tokenizer.encode("— é!")
@@ -619,13 +674,13 @@ print("as a stream:", list(tokenizer.stream(dash)))
 assert "".join(tokenizer.stream(dash)) == "— é!"
 
 # %% [markdown]
-# The mark � (U+FFFD) stands for bytes that are no character. `tokenizer.stream` holds an unfinished character back until
-# its last byte has come. (A *stop text* may begin in one piece and end in another and needs the same care: `text_until`.)
+# The mark � (U+FFFD) stands for bytes that are no character. `tokenizer.stream` keeps an unfinished character back until
+# its last byte has come. (A *stop text* may begin in one piece and end in another; it needs the same care.)
 #
-# ## 10 · Scoring a text
+# ## 10. Scoring a text
 #
-# The model can also be asked how likely a *given* text is. The mean surprise in nats is the loss that it was trained
-# on; its exponential is the *perplexity*. Per byte rather than per token, in bits, it compares models with different tokenizers.
+# The model can also be asked how likely a *given* text is. The mean surprise of a token, in nats, is the loss that the model was trained
+# on; its exponential is the *perplexity*. The surprise per byte, in bits, compares models with different tokenizers.
 
 # %%
 folders = ["../checkpoints/demo-neo", "../checkpoints/demo-neox"]
@@ -640,73 +695,57 @@ assert abs(neo.loss - model(text, labels=text).loss.item()) < 1e-4
 assert 1.05 < neo.bits_per_byte / neox.bits_per_byte < 1.1
 
 # %% [markdown]
-# The two tokenizers cut the speech into different tokens, so the perplexities are about different guesses. Bits per byte are about
+# The two tokenizers cut the speech into different tokens, so the perplexities answer different questions. Bits per byte are about
 # the same bytes, and there the second model is better by some 7 %. Never compare perplexities across
-# tokenizers: with the same bits per byte but tokens twice as long, the first model's would be its square, $2^{2b}$ for $2^b$.
+# tokenizers. Suppose that two models need the same bits per byte, and that the tokens of one are twice as long: at $b$ bits for a short token, its perplexity is $2^b$, and the other's is $2^{2b}$, the square.
 #
-# A text longer than the model can see has no single forward pass. Here is another speech of *Macbeth*, with the first one after
-# it. The model refuses it. So `score_text` slides a window over it, S tokens at a time (S is the *stride*), and scores only those that no
-# earlier window has. A small stride gives each token more to go on, and costs more passes. The picture has the windows for 24
-# tokens, at a window of 8.
-#
-# **Predict:** the window is 512 and the text has some 640 tokens. Will the perplexity at stride 512 be much worse than at stride 64?
+# A text longer than the model can see has no single forward pass. The model refuses four copies of the speech:
 
 # %%
-dagger = """MACBETH.
-Is this a dagger which I see before me,
-The handle toward my hand? Come, let me clutch thee:--
-I have thee not, and yet I see thee still.
-Art thou not, fatal vision, sensible
-To feeling as to sight? or art thou but
-A dagger of the mind, a false creation,
-Proceeding from the heat-oppressed brain?
-I see thee yet, in form as palpable
-As this which now I draw.
-Thou marshall'st me the way that I was going;
-And such an instrument I was to use.
-Mine eyes are made the fools o' the other senses,
-Or else worth all the rest: I see thee still;
-And on thy blade and dudgeon, gouts of blood,
-Which was not so before.--There's no such thing:
-It is the bloody business which informs
-Thus to mine eyes.--Now o'er the one half-world
-Nature seems dead, and wicked dreams abuse
-The curtain'd sleep; now witchcraft celebrates
-Pale Hecate's offerings; and wither'd murder,
-Alarum'd by his sentinel, the wolf,
-Whose howl's his watch, thus with his stealthy pace,
-With Tarquin's ravishing strides, towards his design
-Moves like a ghost.--Thou sure and firm-set earth,
-Hear not my steps, which way they walk, for fear
-Thy very stones prate of my whereabout,
-And take the present horror from the time,
-Which now suits with it.--Whiles I threat, he lives;
-Words to the heat of deeds too cold breath gives.
-"""
-long = torch.tensor(tokenizer.encode(dagger + speech))             # (N,)
+refused = ""
 try:
-    model(long[None])
+    model(text.repeat(1, 4))
 except ValueError as error:
-    print(error)
-
-# %%
-for axes, S in zip(panels(2, height=2.6, sharex=True), (4, 8)):
-    window_rows(windows(24, 8, S), f"stride {S}", axes)
-for S in (512, 256, 64):
-    passes = len([*windows(len(long), 512, S)])
-    found = score_text(model, tokenizer, dagger + speech, S)
-    print(f"stride {S:3}: perplexity {found.perplexity:.1f}, {passes} passes")
+    print(refused := str(error))
+assert refused
 
 # %% [markdown]
-# Hardly any difference: only the tokens behind the first 512 are read differently at all. In a longer text, and for a model that
-# draws more from its past, it matters more, so a perplexity is given with its stride. On the command line:
+# So `score_text` moves a window over the text, by a number of tokens called the *stride*, and scores only the tokens that no
+# earlier window has scored. A small stride gives each token more text before it, and costs more passes. For 24 tokens and a window of 8:
+
+# %% alt="Two drawings of windows over 24 tokens. With stride 4 each of five passes reads four tokens again and scores four new ones; with stride 8 three passes score nearly all that they read."
+for axes, stride in zip(panels(2, height=2.6, sharex=True), (4, 8)):
+    window_rows(windows(24, 8, stride), f"stride {stride}", axes)
+
+# %% [markdown]
+# **Predict:** both demo models see 512 tokens at once. How much better is the perplexity of an act of *Macbeth*, some 7000 tokens, at stride 128 than at stride 512?
+
+# %%
+all_acts = acts(open("data/macbeth.txt", encoding="utf-8").read())
+gained = {}                                                        # (model, act) -> ratio
+for folder in folders:
+    m, t = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    for act in (2, 5):
+        wide, narrow = (score_text(m, t, all_acts[act - 1], stride).perplexity
+                        for stride in (512, 128))
+        gained[folder[15:], act] = narrow / wide
+        print(f"{folder[15:]}, act {act}: {wide:.1f} at stride 512, {narrow:.1f} at stride 128")
+
+# %%
+for (name, act), ratio in gained.items():
+    print(f"{name}, act {act}: {ratio - 1:+.1%}")
+    assert 0.97 < ratio < 1 if name == "demo-neox" else 1 < ratio < 1.04
+
+# %% [markdown]
+# The difference is small, 1 to 3 %, and only the GPT-NeoX model gains from the small stride. The GPT-Neo model gets a little *worse*, in both acts. (We have not tested why.)
+# So do not take for granted that more context helps, and give a perplexity with its stride. On the command line:
 # `python generate.py --score FILE`, and `python generate.py --top 5 "To be, or not to"` for the list of section 1.
 #
 # ### Exercise 5.4 · Beam search
-# *Difficulty 4/5 · importance ●●●○○ · 40 minutes*
+# Difficulty 4 of 5 · 40 minutes
 #
 # Greedy takes the likeliest token, not the likeliest *text*. Beam search keeps the `width` likeliest beginnings at every step, extends
-# each by every allowed token, and keeps the best `width` of all extensions. Return them after `steps` steps, best
+# each by every allowed token, and keeps the best `width` of all these. Return them after `steps` steps, best
 # first, as pairs (log-probability of the new tokens, list of the new tokens). The check compares with all 8³ continuations.
 
 # %% tags=["stub"]
@@ -728,18 +767,23 @@ with exercise("5.4"):
     for tokens, row in zip(every.tolist(), sums.tolist()):
         for n in (1, 2, 3):
             table[tuple(tokens[:n])] = row[n - 1]
+    tops = []
     for width in (1, 3, 64):                                       # 1: greedy; 64: all is kept
         best = [()]
         for _ in range(3):
             longer = [tokens + (token,) for tokens in best for token in allowed]
             best = sorted(longer, key=table.get, reverse=True)[:width]
         found = beam(model, ids, 3, width, allowed)
-        assert found is not None, "nothing came back"
-        assert [tuple(tokens) for _, tokens in found] == best, f"width {width}: other texts"
+        case = f"3 steps of width {width}"
+        assert found is not None, f"{case}: nothing came (None), expected {width} pairs"
+        same([tuple(tokens) for _, tokens in found][:3], best[:3], f"{case}, its best texts")
+        same([tuple(tokens) for _, tokens in found], best, f"{case}, all texts")
         for score, tokens in found:
-            assert abs(score - table[tuple(tokens)]) < 1e-3, f"width {width}: other scores"
+            same(score, table[tuple(tokens)], f"{case}, score of {tuple(tokens)}", 1e-3)
         print(f"width {width:2}: {found[0][0]:.2f} {tokenizer.decode(list(found[0][1]))!r}")
+        tops.append(table[best[0]])
     assert best[0] == max((t for t in table if len(t) == 3), key=table.get)
+    assert tops[0] < tops[-1] and tops == sorted(tops)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -767,8 +811,7 @@ with exercise("5.4"):
 #     return beams
 # ```
 #
-# The widths 1, 3 and 64 find different texts, each likelier than the one before. (A longer search would find what section 2
-# found: the likeliest text is a dull one.)
+# The printed scores rise with the width, so greedy (width 1) did not find the likeliest text.
 # </details>
 
 # %% tags=["wrong"]
@@ -811,10 +854,9 @@ def beam(model, ids, steps, width, allowed):                       # a softmax o
     return beams
 
 # %% [markdown]
-# ## Check against the reference
+# ## 11. Check against the reference
 #
-# All of this is transformers' `generate` in meaning and in order, so the same seed must give the same ids, not similar ones.
-# (transformers is needed for these two cells alone.)
+# All of this is what transformers' `generate` does, in the same order, so the same seed must give the same ids, not similar ones:
 
 # %%
 import transformers
@@ -838,15 +880,19 @@ for how in ways:
     print(f"{outs[0].numel() - ids.size(1) * len(outs[0]):3} new ids equal:", how)
 
 # %% [markdown]
-# ## What we left out
+# **What we left out.** Other cuts (typical, eta), and constraints such as a grammar that the text must
+# obey would each be one more function between the scores and `multinomial`. Mirostat also keeps a state from token to token. Classifier-free guidance needs a second forward pass for each token,
+# without the prompt, whose scores it compares with the first's. In speculative decoding a small model proposes several tokens, and one forward pass of the large model checks them.
 #
-# Other cuts (typical, eta, mirostat), penalties on n-grams, classifier-free guidance, constraints such as a grammar that the text must
-# obey, and speculative decoding, in which a small model proposes and the large one checks. All but the last are one more function between the
-# scores and `multinomial`.
+# ## In three sentences
+#
+# A model gives a distribution over the next token, and the settings (temperature, top-k, top-p, penalties) change it before one token is drawn, in an order that matters.
+# The KV cache turns the work of a whole text for each token into the work of one token, and a seed repeats a text only with the same batch, dtype and machine.
+# Perplexity depends on the tokenizer and on the stride, so compare bits per byte, at the same stride.
 #
 # ## Further
 #
 # - Holtzman and others, *The Curious Case of Neural Text Degeneration*, 2020: top-p, and the picture of section 2.
 # - Nguyen and others, *Turning Up the Heat: Min-p Sampling*, 2024.
 # - `sampling.py` from top to bottom, and `tests/test_generate.py`, which holds it against the reference for 500 tokens.
-# - Notebook 1 on the layers that may forget, notebook 3 on the kernel, notebook 6 to change what the distribution says.
+# - Notebook 1 on the layers that may forget, notebook 3 on the kernel, notebook 6 on training.
