@@ -73,6 +73,7 @@ from load_weights import (
 )
 from neo import GPTNeoConfig
 from neox import GPTNeoXConfig
+from pictures import COLOURS, pyplot
 from vectors import check_vectors, table, write_junit, write_vectors
 
 CONFIGS = {"gpt_neo": GPTNeoConfig, "gpt_neox": GPTNeoXConfig}
@@ -474,20 +475,16 @@ def markdown(report):
 
 def plot(report, path):
     """Draw the relative difference by layer, a line for each length; exact zeros lie on a floor."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = [row["row"].replace(f", window {report['window']}", "") for row in report["rows"]]
     values = [[r["relative"] for r in row["results"]] for row in report["rows"]]
     positive = [x for row in values for x in row if x > 0 and math.isfinite(x)]
     low = math.floor(math.log10(min([1e-8, *positive]))) - 1               # exponent of the floor
     high = math.ceil(math.log10(max([1e-4, *positive, report["tolerance"] or 0]))) + 1
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(max(7, 3 + 0.35 * len(names)), 4.8), layout="constrained")
-    colours = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]   # Okabe and Ito
     for i, T in enumerate(report["lengths"]):              # smaller hollow markers hide no others
         axes.plot(names, [max(row[i], 10.0 ** low) for row in values], label=f"T = {T}",
-                  color=colours[i % 6], marker="osD^v"[i % 5], fillstyle="none",
+                  color=COLOURS[i % 6], marker="osD^v"[i % 5], fillstyle="none",
                   markersize=max(4, 14 - 2.5 * i))
     if report["tolerance"]:
         axes.axhline(report["tolerance"], color="grey", linestyle="--", label="tolerance")

@@ -15,8 +15,9 @@ import time
 import torch
 
 import attention as A
-from benchmarks.common import COLOURS, name_of, pyplot
+from benchmarks.common import COLOURS, name_of
 from files import error_line
+from pictures import pyplot
 
 
 def flex(q, k, v, *, scale, window=None, upcast=False):

@@ -1,4 +1,4 @@
-"""What every benchmark needs: a clock, turns, a process of its own, colours and a picture."""
+"""What every benchmark needs: a clock, turns, a process of its own, and colours."""
 
 import json
 import statistics
@@ -7,12 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+from pictures import BLUE, GREEN, ORANGE, PINK, RED
+
 ROOT = Path(__file__).resolve().parent.parent
 
-# Colours that colour-blind readers can tell apart too (Okabe and Ito), the same in all pictures.
-COLOURS = {"ours": "#0072B2", "compiled": "#009E73", "transformers": "#D55E00",
-           "llama.cpp": "#CC79A7", "naive": "#0072B2", "sdpa": "#E69F00",
-           "triton": "#009E73", "flash": "#D55E00", "flex": "#CC79A7"}
+# The same in all pictures.
+COLOURS = {"ours": BLUE, "compiled": GREEN, "transformers": RED, "llama.cpp": PINK,
+           "naive": BLUE, "sdpa": ORANGE, "triton": GREEN, "flash": RED, "flex": PINK}
 
 
 def name_of(dtype):
@@ -66,11 +67,3 @@ def in_fresh_process(code, result="peak()"):
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True,
                           text=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def pyplot():
-    """matplotlib.pyplot, set to draw into files."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 import quantize
-from benchmarks.common import COLOURS, in_fresh_process, in_turns, name_of, pyplot, ratio, seconds
+from benchmarks.common import COLOURS, in_fresh_process, in_turns, name_of, ratio, seconds
 from benchmarks.competitors import competitor
 from benchmarks.shapes import SHAPES, write
 from fast.linear import few_rows
 from fast.step import one_row
+from pictures import pyplot
 from quantize import BITS, QuantizedLinear
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from attention import KVCache, attention
-from benchmarks.common import COLOURS, in_fresh_process, in_turns, name_of, pyplot, ratio, seconds
+from benchmarks.common import COLOURS, in_fresh_process, in_turns, name_of, ratio, seconds
 from benchmarks.competitors import competitor
 from benchmarks.shapes import write
+from pictures import pyplot
 
 MODELS = {"gpt-neo-125m": "-", "pythia-160m": "--"}        # and their lines in the plots
 CONTEXTS = (16, 64, 128, 256, 384, 512, 1024, 1536, 2000)

@@ -95,8 +95,8 @@ def head_forms(head, x):
 
 compiled_block, compiled_head = (torch.compile(f, fullgraph=True)          # all of it, or an error
                                  for f in (block_forms, head_forms))
-# torch.compile compiles anew for every other model, dtype or batch size, and keeps 8 by default.  Here
-# it keeps so many; when it needs one more, all of them are dropped.
+# torch.compile compiles anew for every other model, dtype or batch size, and keeps 8 by default.
+# Here it keeps so many; when it needs one more, all of them are dropped.
 MOST = 64
 TOO_MANY = torch._dynamo.exc.FailOnRecompileLimitHit
 # By default torch.compile ignores hooks that are added after the compilation.
@@ -180,13 +180,13 @@ def check_dropout(model):
     rates = [getattr(module, name, 0.0) for module in model.modules() if module.training
              for name in ("p", "attention_dropout")]
     if any(isinstance(rate, float) and rate > 0 for rate in rates):
-        raise RuntimeError("compile=True decodes without dropout, and this model is in training mode; "
-                           "call model.eval() first")
+        raise RuntimeError("compile=True decodes without dropout, and this model is in training "
+                           "mode; call model.eval() first")
 
 
 def check_compiler(device):
     """Raise RuntimeError if torch.compile would find no C++ compiler."""
     names = [os.environ.get("CXX"), "g++", "clang++"]
     if device.type == "cpu" and not any(name and shutil.which(name) for name in names):
-        raise RuntimeError("compiled decoding needs a C++ compiler (g++ or clang++, or the one that CXX "
-                           "names), and none was found; install one, or leave compile out")
+        raise RuntimeError("compiled decoding needs a C++ compiler (g++ or clang++, or the one "
+                           "that CXX names), and none was found; install one, or leave compile out")

@@ -26,18 +26,19 @@ def run(*command, **extra):
 
 
 def test_kernels_compile_without_a_spill(tmp_path):
-    """Width 64, half precision: each kernel for an A100 with padding and for an H100 without.
+    """Width 64, half precision: each kernel for a GPU, the largest one for both; the A100 with padding.
 
     In one process; test_all_kernels_compile_as_the_page_says has every combination.
     """
     code = ("import json, triton\n"
             "from benchmarks import kernels as K\n"
-            "found = [K.compiled((name, gpu, 'fp16', 64, gpu == 'A100')) for name in K.KERNELS for gpu in K.GPUS]\n"
+            "which = [('forward', 'A100'), ('dq', 'H100'), ('dk, dv', 'A100'), ('dk, dv', 'H100')]\n"
+            "found = [K.compiled((name, gpu, 'fp16', 64, gpu == 'A100')) for name, gpu in which]\n"
             "print(json.dumps([K.failures(found), found]))")
     out = run("-c", code, TRITON_CACHE_DIR=str(tmp_path))
     assert out.returncode == 0, out.stderr
     failed, found = json.loads(out.stdout)
-    assert failed == [] and len(found) == 6
+    assert failed == [] and {x['kernel'] for x in found} == set(kernels.KERNELS)
     assert all(x["spilled"] == 0 and x["registers"] > 32 and x["tensor_core_instructions"] > 0
                for x in found)
 

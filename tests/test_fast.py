@@ -367,10 +367,10 @@ def test_compiled_decoding_calls_what_stands_in_the_model(change, traced):
 
 def test_more_compilations_than_torch_keeps(traced, monkeypatch):
     """Many models in one process: those before are dropped, and nothing is refused."""
-    monkeypatch.setattr(step, "MOST", 3)
-    with torch._dynamo.config.patch(recompile_limit=3):
+    monkeypatch.setattr(step, "MOST", 2)
+    with torch._dynamo.config.patch(recompile_limit=2):
         for family in ("gpt_neo", "gpt_neox"):
-            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for dtype in (torch.float32, torch.bfloat16):
                 model = model_of(family, dtype)
                 assert relative(step_logits(model, True), step_logits(model, False)) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from files import write_files
+from pictures import pyplot
 from processes import SharedError, gathered, processes, rank, total
 from training.model import learning_rate, parameter_groups
 from training.tasks import autocast, to_device
@@ -166,12 +167,9 @@ class Run:
 def draw(history, task, path):
     """Plot smoothed training loss and held-out loss; for a language model, in bits per byte."""
     try:
-        import matplotlib
+        plt = pyplot()
     except ImportError:                                    # optional: metrics.jsonl has the numbers
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = [record["step"] for record in history if "loss" in record]
     losses = [record["loss"] * task.scale for record in history if "loss" in record]
     valid = [(r["step"], r[task.curve]) for r in history if task.curve in r]
@@ -179,7 +177,7 @@ def draw(history, task, path):
     for i, value in enumerate(losses):
         mean += (value - mean) / min(i + 1, 50)             # a running mean of about 50 steps
         smooth.append(mean)
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(steps, smooth, label="training, smoothed")
     if valid:
         axes.plot(*zip(*valid), "o-", markersize=3, label="held out")
@@ -189,7 +187,7 @@ def draw(history, task, path):
     axes.legend()
     write_files(path.parent, {path.name: lambda part: figure.savefig(
         part, format="png", dpi=120, bbox_inches="tight")})
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def describe(record):
