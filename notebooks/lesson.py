@@ -1,14 +1,18 @@
 """What every notebook shares besides its pictures: checked exercises, code shown with its place, official checkpoints."""
 
+import ast
 import contextlib
+import html
 import inspect
+import itertools
 import os
 import socket
 import textwrap
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
-from IPython.display import Code, Markdown, display
+from IPython.display import HTML, Code, Markdown, display
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -42,6 +46,36 @@ def show(*objects):
         link = Path(os.path.relpath(path, HERE)).as_posix()
         display(Markdown(f"[{name}, lines {first} to {last}]({link}#L{first}-L{last})"),
                 Listing(textwrap.dedent("".join(lines)).rstrip(), language="python"))
+
+
+def bare(shown):
+    """The lines of a class or function without docstrings, comments and empty lines."""
+    lines = textwrap.dedent(inspect.getsource(shown)).splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            text = node.body[0]
+            lines[text.lineno - 1:text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
+    lines = [line if "#" not in line else line[:line.index("#")] for line in lines]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def side_by_side(*pairs):
+    """A table of two columns: for each pair (old, new) its lines, with − and red or + and green where they differ."""
+    def cell(line, sign, colour):
+        words = html.escape(f"{sign} {line}") if line else ""
+        return (f'<td style="text-align: left; padding: 0 6px; background-color: {colour}; color: #000000">'
+                f'<pre style="margin: 0; font-size: 11px; color: #000000; background-color: {colour}">{words}</pre></td>')
+    rows = []
+    for old, new in pairs:
+        old, new = bare(old), bare(new)
+        for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+            for left, right in itertools.zip_longest(old[i:j], new[k:m], fillvalue=""):
+                equal = kind == "equal"
+                rows.append("<tr>" + cell(left, " " if equal else "−", "#ffffff" if equal or not left else "#ffd7d5")
+                            + cell(right, " " if equal else "+", "#ffffff" if equal or not right else "#ccffd8") + "</tr>")
+    names = [Path(inspect.getsourcefile(shown)).name for shown in pairs[0]]
+    head = "".join(f'<th style="text-align: left">{name}</th>' for name in names)
+    display(HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"))
 
 
 # ---- exercises ----

@@ -205,8 +205,11 @@ def lens(words, values, columns, rows, title="", bar="probability"):
 
 # ---- 2_gpt_neox ----
 
-def turning(pairs, width=9.0):
-    """A circle for each pair of dims: pairs is {title: (T, 2)}, one arrow a position, labelled where there is room."""
+def turning(pairs, width=9.0, labels=None):
+    """A circle for each pair of dims: pairs is {title: (n, 2)}, an arrow for each row, with its label where there is room.
+
+    labels: what is written at the n arrows, by default 0, 1, 2, and so on.
+    """
     axes = panels(len(pairs), width, width / len(pairs) + 0.5)
     for ax, (title, points) in zip(axes, pairs.items()):
         points = points.tolist()
@@ -216,7 +219,7 @@ def turning(pairs, width=9.0):
             shade, out = plt.cm.viridis(0.9 * t / max(1, len(points) - 1)), 1 + 0.2 / max(0.1, (x * x + y * y) ** 0.5)
             ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=shade, lw=1.6, shrinkA=0, shrinkB=0))
             if (x - last[0]) ** 2 + (y - last[1]) ** 2 > 0.09:
-                ax.text(out * x, out * y, t, color=shade, fontsize=9, ha="center", va="center")
+                ax.text(out * x, out * y, labels[t] if labels else t, color=shade, fontsize=9, ha="center", va="center")
                 last = (x, y)
         ax.set(title=title, aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), xticks=[-1, 0, 1], yticks=[-1, 0, 1],
                xlabel="first dim of the pair")
@@ -239,15 +242,31 @@ def strips(rows, title="", x=""):
     axes.set(title=title, xlabel=x)
 
 
-def by_distance(measured, theory, titles):
-    """Dots for what was measured and a line for the formula, a panel each: both (N, distances from 0)."""
-    axes = panels(len(measured), 9, 3.0, sharey=True)
-    for ax, dots, line, title in zip(axes, measured.tolist(), theory.tolist(), titles):
-        ax.plot(line, color=ORANGE, label="formula")
-        ax.plot(dots, ".", color=BLUE, markersize=4, label="measured")
-        ax.set(title=title, xlabel="distance, tokens")
+def by_distance(measured):
+    """A panel for each layer and a curve for each head, with a dot at its maximum: measured is (layers, H, distances)."""
+    axes = panels(len(measured), 9, 3.2, sharey=True)
+    for layer, (ax, curves_) in enumerate(zip(axes, measured.tolist())):
+        for head, line in enumerate(curves_):
+            ax.plot(line, color=COLOURS[head], linewidth=1.4, label=f"head {head}")
+            ax.plot(line.index(max(line)), max(line), "o", color=COLOURS[head], markersize=5)
+        ax.set(title=f"layer {layer}", xlabel="distance, tokens")
     axes[0].set_ylabel("mean score")
-    axes[0].legend(fontsize=9)
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(measured[0]), fontsize=9)
+
+
+def attention_maps(maps):
+    """A small square for each head: maps is a list with (H, T, T) of each layer; layers are rows, heads columns."""
+    figure, rows = plt.subplots(len(maps), len(maps[0]), figsize=(8.4, 2.1 * len(maps)), sharex=True, sharey=True, squeeze=False)
+    for layer, (axes, heads) in enumerate(zip(rows, maps)):
+        for head, (ax, weights) in enumerate(zip(axes, heads)):
+            image = ax.imshow(weights.detach().float() ** 0.5, vmin=0, vmax=1)
+            ax.set_title(f"layer {layer}, head {head}", fontsize=9)
+            ax.grid(False)
+        axes[0].set_ylabel("query", fontsize=9)
+    for ax in rows[-1]:
+        ax.set_xlabel("key", fontsize=9)
+    bar = figure.colorbar(image, ax=rows, shrink=0.5, label="weight", ticks=[0, 0.1 ** 0.5, 0.3 ** 0.5, 1])
+    bar.ax.set_yticklabels(["0", "0.1", "0.3", "1"])
 
 
 def by_layer(lines, title="", x="layer", y=""):

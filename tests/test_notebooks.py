@@ -1,6 +1,7 @@
 """The notebooks say what the code does: fresh, executed, checked, and their exercises can be solved and failed."""
 
 import ast
+import html
 import linecache
 import math
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import neo
+import neox
 from conftest import ROOT
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -32,7 +34,6 @@ NUMBERS = ["0", "1", "2", "3", "3b", "4", "5", "6", "6b"]
 SHORT = {"3", "3b", "6", "6b"}                             # their notebooks have at most 65 cells
 # Not yet in the form that every notebook is to have; empty in the end.
 UNCONVERTED = [
-    "2_gpt_neox",
 ]
 # (notebook, function): three times the arguments and what is then to be seen: texts of the picture or of what is
 # printed, or a function of the list of axes.
@@ -41,6 +42,11 @@ SLIDERS = {
         (dict(T=24, W=6), ["visible(24, 24, 6): 129 scores"]),
         (dict(T=1, W=24), ["visible(1, 24, 24): 24 scores"]),
         (dict(T=3, W=2), ["visible(3, 24, 2): 6 scores", lambda axes: axes[0].images[0].get_array().sum() == 6]),
+    ],
+    ("2_gpt_neox", "hands"): [
+        (dict(position=0), ["pair 0", "pair 7", lambda axes: hands_at(axes, 0)]),
+        (dict(position=40), [lambda axes: hands_at(axes, 40)]),
+        (dict(position=511), [lambda axes: hands_at(axes, 511)]),
     ],
     ("3_triton_window", "tile_grid"): [
         (dict(window=64, block=64), ["15 tiles, 2.00 times the needed scores"]),
@@ -71,6 +77,14 @@ def lasting(axes):
     heights = axes[0].lines[0].get_ydata()
     labels = dict(zip(axes[0].get_yticks(), (label.get_text() for label in axes[0].get_yticklabels())))
     return "".join("0" if labels.get(height) == "exactly 0" else "+" for height in heights)
+
+
+def hands_at(axes, position):
+    """Is there one arrow for each of 8 pairs, labelled with the position and turned by position · speed?"""
+    texts = [ax.texts for ax in axes]
+    angles = [position * 10 ** (-i / 2) for i in range(8)]
+    return [label.get_text() for _, label in texts] == [str(position)] * 8 and all(
+        math.dist(arrow.xy, (math.cos(angle), math.sin(angle))) < 1e-3 for (arrow, _), angle in zip(texts, angles))
 
 
 notebooks = pytest.mark.parametrize("name", build.NAMES)
@@ -366,6 +380,25 @@ def test_show_links_to_the_lines(monkeypatch):
         assert textwrap.dedent("\n".join(lines)) == text.data
     assert "font-family: monospace" in shown[1]._repr_html_() and "<style" not in shown[1]._repr_html_()
     assert shown[1].data.startswith("class Attention(") and shown[3].data.startswith("def forward(")
+
+
+def test_side_by_side(monkeypatch):
+    """Each column is the class as it is in its file, without comments; lines that differ are marked by sign and colour."""
+    shown = []
+    monkeypatch.setattr(lesson, "display", shown.append)
+    lesson.side_by_side((neo.Attention, neox.Attention), (neo.Block, neox.Block))
+    rows = [[(html.unescape(words), colour) for colour, words in re.findall(r"background-color: (\S+)\">(.*?)</pre>", row)]
+            for row in re.findall(r"<tr>(<td.*?)</tr>", shown[0].data)]
+    for column, module in ((0, neo), (1, neox)):
+        assert [row[column][0][2:] for row in rows if row[column][0]] == [
+            *lesson.bare(module.Attention), *lesson.bare(module.Block)]
+    for (left, left_colour), (right, right_colour) in rows:
+        if left.startswith("  "):
+            assert left == right and left_colour == right_colour == "#ffffff"
+        else:
+            assert left[:2] in ("", "− ") and right[:2] in ("", "+ ") and left_colour != right_colour
+    text = "\n".join(lesson.bare(neox.Attention))
+    assert "qkv_proj" in text and "#" not in text and '"""' not in text and 20 < len(rows) < 60
 
 
 # ---- sliders ----
