@@ -62,7 +62,7 @@ from diagnose import (
     trace,
     window_of,
 )
-from files import Parser, error_line, plain, replace_closed_stderr
+from files import Parser, error_line, plain, replace_closed_stderr, write_result
 from load_weights import (
     NAMES,
     AutoModelForCausalLM,
@@ -214,7 +214,8 @@ def read_theirs(path, config, seed):
 
 def save_ours(path, ids, rows):
     """Write our results as a port's file."""
-    save_file({"input_ids": ids.contiguous(), **tensors_of(rows)}, path)
+    tensors = {"input_ids": ids.contiguous(), **tensors_of(rows)}
+    write_result(path, lambda part: save_file(tensors, part))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -499,7 +500,8 @@ def plot(report, path):
     axes.set_xlabel("what comes out of")
     axes.set_title(f"{Path(report['model']).name}, {setting(report)}", size="medium")
     figure.legend(loc="outside right upper", title="tokens")
-    figure.savefig(path, dpi=150)
+    kind = Path(path).suffix.removeprefix(".") or "png"
+    write_result(path, lambda part: figure.savefig(part, dpi=150, format=kind))
     plt.close(figure)
 
 
@@ -595,7 +597,7 @@ def write_report(report, json_path=None, plot_path=None, as_markdown=False):
         if json_path == "-":
             sys.stdout.write(text)
         else:
-            Path(json_path).write_text(text, encoding="utf-8")
+            write_result(json_path, text.encode())
     if plot_path:
         plot(report, plot_path)
     if as_markdown:

@@ -4,6 +4,7 @@
     read_json      the object in a JSON file
     read_text      a text file
     write_files    write several files that belong together: all of them, or none
+    write_result   write one file that the user has named
     shown, plain   a value or a name from a file, made printable for an error message
     Parser         the options of a command line
 """
@@ -232,37 +233,80 @@ def download_problem(where, filename, error):
 # Writing
 # ------------------------------------------------------------------------------------------------
 
-def write_files(folder, files):
+def write_files(folder, files, gone=()):
     """Write files that belong together into a folder: afterwards all are new, or all are as before.
 
     files: {name: bytes, or a function that writes the file at the path it is given}.  The last one
     must be a file without which no program reads the folder, such as config.json.
+    gone: names of older files that the new ones replace; they are removed.
 
     Each file is first written in the folder under a temporary name, and renamed when all of them
     are complete; so the folder may be the one that the weights are mapped from.  Temporary files
     that killed processes have left are removed.  A second save into the same folder waits for the
-    first.  Raises OSError as the file system does.
+    first.  Raises ValueError for an empty folder name, and OSError, which names the file, where it
+    cannot be written.
     """
+    if not os.fspath(folder):
+        raise ValueError("the folder to save into has an empty name: name a folder")
     folder = Path(folder)
+    check_places(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        remove_leftovers(folder, files)
+        remove_leftovers(folder, [*files, *gone])
         parts = {}
         try:
             for name, content in files.items():
                 parts[name] = temporary(folder, name, "part")
-                if isinstance(content, bytes):
-                    parts[name].write_bytes(content)
-                else:
-                    content(parts[name])
+                write_part(parts[name], content, folder / name)
                 parts[name].chmod(0o666 & ~current_umask())    # mkstemp lets only the owner read
-            put_in_place(folder, parts)
+            put_in_place(folder, parts, gone)
         finally:
             for path in parts.values():
                 path.unlink(missing_ok=True)
 
 
-def put_in_place(folder, parts):
+def write_result(path, content):
+    """Write one file that the user has named; content is as in write_files.
+
+    What is no file, such as /dev/stdout, is written to and not replaced.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        write_part(path, content, path)
+    else:
+        write_files(path.parent, {path.name: content})
+
+
+def check_places(folder, names):
+    """Raise OSError where the folder, or the place of one of its files, is something else."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise FileExistsError(f"{folder} is not a folder: name another one to save into")
+    for name in names:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise IsADirectoryError(f"{folder / name} is a folder, but a file of that name must be "
+                                    "written: remove it, or save into another folder")
+
+
+def write_part(path, content, place):
+    """Write one file; an OSError names `place`, where the file is to be in the end."""
+    try:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            content(path)
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        why = os.strerror(number) if number else "it cannot be written; is the disk full?"
+        if said := re.search(r"\(os error (\d+)\)", str(error)):          # safetensors' own error
+            number, why = int(said[1]), os.strerror(int(said[1]))
+        if number is None and re.search("iostream|inline_container", str(error)):
+            number = errno.EIO                             # torch.save does not name the cause
+        if number is None:
+            raise
+        raise OSError(number, why, str(place)) from None
+
+
+def put_in_place(folder, parts, gone=()):
     """Rename complete files, {name: temporary path}, to their names: all of them, or none.
 
     The old file of the last name is moved away first, and the new one put in its place last: if the
@@ -270,12 +314,12 @@ def put_in_place(folder, parts):
     mixture of old and new files.
     """
     *others, last = parts
-    if not others:                                         # one file: one rename, which is atomic
+    if not others and not gone:                            # one file: one rename, which is atomic
         os.replace(parts[last], folder / last)
         return
     undo = []                                              # (where the old file is now, its place)
     try:
-        for name in [last, *others]:
+        for name in [last, *others, *gone]:
             if os.path.lexists(folder / name):
                 aside = temporary(folder, name, "old")
                 undo.append((aside, folder / name))

@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -562,7 +563,20 @@ def save_pretrained(model, folder):
     state, file = official_state(model), quantize.FILE if kind else "model.safetensors"
     write_files(folder, {
         file: lambda path: save_file(state, path, metadata={"format": "pt"}),
-        **settings_files(model, type(model).__name__, model.dtype, **quantized)})
+        **settings_files(model, type(model).__name__, model.dtype, **quantized)},
+        gone=old_shards(folder))
+
+
+def old_shards(folder):
+    """Names of an index of safetensors shards in the folder, and of the shards that it names.
+
+    Some programs would read these in place of a model.safetensors beside them.
+    """
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    return [index.name, *(path.name for path in sorted(Path(folder).iterdir())
+                          if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path.name))]
 
 
 def save_flax(model, state, folder):
@@ -590,16 +604,29 @@ def official_state(model):
     """{checkpoint name: tensor} as in transformers: no tied head, no prefix on a base model."""
     table = NAMES[model.config.model_type]
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if empty := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(f"{len(empty)} tensors have no values (device meta), among them "
+                         f"{empty[0]}: load the weights before saving")
     if not hasattr(model, "transformer"):
         named = official_names({f"transformer.{name}": tensor for name, tensor in state.items()},
                                table)
-        return {name.split(".", 1)[1]: tensor for name, tensor in named.items()}
+        return unshared({name.split(".", 1)[1]: tensor for name, tensor in named.items()})
     if "lm_head.weight" in state and model.config.tie_word_embeddings:
         if tie(state):
             raise ValueError("lm_head.weight is no longer the embedding, but config field "
                              "'tie_word_embeddings' is true: the files could not hold both")
-        del state["lm_head.weight"]                        # safetensors stores no tensor twice
-    return official_names(state, table)
+        del state["lm_head.weight"]
+    return official_names(unshared(state), table)
+
+
+def unshared(state):
+    """The tensors, copied where several are parts of the same memory.
+
+    torch.nn.utils.vector_to_parameters, for instance, makes them so; safetensors refuses them.
+    """
+    times = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    return {name: tensor.clone() if times[tensor.untyped_storage().data_ptr()] > 1 else tensor
+            for name, tensor in state.items()}
 
 
 # ------------------------------------------------------------------------------------------------

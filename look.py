@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from files import Parser, error_line, plain, replace_closed_stderr, shown, write_files
+from files import Parser, error_line, plain, replace_closed_stderr, shown, write_result
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from mistakes import planted, variants
 from tokenizer import token_bytes
@@ -209,7 +209,7 @@ def main(argv=None):
         if not out.name or out.is_dir():
             raise ValueError(f"--out must name a file, not {plain(args.out)}")
         page = look(args.text, args.model, other=args.other, mistake=args.mistake)
-        write_files(out.parent, {out.name: page.encode()})
+        write_result(out, page.encode())
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ explains how to use them.
     T tokens · C width · V vocabulary (rows) · L layers
 """
 
+import functools
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from diagnose import as_dicts, diagnose, explained, make_ids, rows_of, tensors_of, trace
-from files import error_line, plain, read_json
+from files import error_line, plain, read_json, write_result
 from load_weights import AutoModelForCausalLM, AutoTokenizer, read_tensors
 from neo import GPTNeoConfig, GPTNeoForCausalLM
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -120,7 +121,8 @@ def write_case(folder, config, seed):
     ids = make_ids(seed, 1, T, TOKENS)
     for suffix in ("", "-float64"):
         right = answers(model.double() if suffix else model, ids)
-        save_file({"input_ids": ids, **right}, folder / f"answers{suffix}.safetensors")
+        write_result(folder / f"answers{suffix}.safetensors",
+                     functools.partial(save_file, {"input_ids": ids, **right}))
         arrays = folder / f"npy{suffix}"
         arrays.mkdir()
         for name, x in {"input_ids": ids, **right}.items():
@@ -461,4 +463,4 @@ def write_junit(verdicts, mistakes, path):
             named = ", ".join(m["id"] for m in as_dicts(found))
             said = f"{v.said}; mistake: {named}" if named else v.said
             ElementTree.SubElement(case, "failure", message=said).text = "\n".join(explanation(found))
-    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+    write_result(path, ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))

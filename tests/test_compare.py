@@ -16,6 +16,7 @@ import base
 import compare
 import neo
 import neox
+import vectors
 from helpers import REFERENCE, widen
 
 W = 8
@@ -438,3 +439,14 @@ def test_exit_status_of_the_command(folders, port, tmp_path):
     done = subprocess.run([sys.executable, compare.__file__, folders["gpt_neo"], "--theirs", "wrong.safetensors"],
                           cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_full_disk_leaves_no_half_report(tmp_path, monkeypatch):
+    """The report, the plot and the JUnit file are whole or not there, and the error names them."""
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(compare, "print_table", lambda *_: None)
+    with pytest.raises(OSError, match="report.json"):
+        compare.write_report({}, tmp_path / "report.json")
+    with pytest.raises(OSError, match="verdicts.xml"):
+        vectors.write_junit([], {}, tmp_path / "verdicts.xml")
+    assert not [*tmp_path.iterdir()]

@@ -8,6 +8,8 @@ import threading
 import time
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 import files
 from conftest import ROOT
@@ -72,6 +74,69 @@ def test_an_error_puts_everything_back(at, error, tmp_path, monkeypatch):
         with pytest.raises(type(error)):
             files.write_files(tmp_path, NEW)
     assert contents(tmp_path) == OLD
+
+
+def disk_is_full(path):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def safetensors_says_full(path):
+    raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+
+def torch_says_full(path):
+    torch.save(torch.zeros(9), "/dev/full")
+
+
+@pytest.mark.parametrize("writer", [disk_is_full, safetensors_says_full, torch_says_full])
+def test_a_full_disk_is_an_error_that_names_the_file(writer, tmp_path):
+    """The libraries' own errors name no file, and some are RuntimeErrors of several lines."""
+    files.write_files(tmp_path, OLD)
+    with pytest.raises(OSError) as caught:
+        files.write_files(tmp_path, {"model.safetensors": writer, "config.json": b"new"})
+    assert caught.value.filename == str(tmp_path / "model.safetensors") and "\n" not in str(caught.value)
+    assert contents(tmp_path) == OLD
+
+
+def test_something_else_in_the_place_of_the_folder_or_of_a_file(tmp_path):
+    """Refused in words, before anything is written; an empty name is not the current folder."""
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    for folder, kind, says in [("file", FileExistsError, "is not a folder"), ("link", FileExistsError, "is not a folder"),
+                               ("folder", IsADirectoryError, "config.json is a folder")]:
+        with pytest.raises(kind, match=says):
+            files.write_files(tmp_path / folder, {"model.safetensors": pytest.fail, "config.json": b"new"})
+    with pytest.raises(ValueError, match="empty name"):
+        files.write_files("", {"config.json": pytest.fail})
+    assert not [*(tmp_path / "folder" / "config.json").iterdir()]
+
+
+def test_older_files_go_with_the_change_or_stay(tmp_path, monkeypatch):
+    files.write_files(tmp_path, OLD | {"model.safetensors.index.json": b"old"})
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            files.write_files(tmp_path, NEW, gone=["model.safetensors.index.json"])
+    assert contents(tmp_path) == before
+    files.write_files(tmp_path, NEW, gone=["model.safetensors.index.json", "not there"])
+    assert contents(tmp_path) == NEW
+
+
+def test_a_result_is_whole_or_not_there_and_a_pipe_is_not_replaced(tmp_path):
+    with pytest.raises(OSError):
+        files.write_result(tmp_path / "result", disk_is_full)
+    assert not [*tmp_path.iterdir()]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_result(pipe, b"text")
+    assert os.read(reader, 9) == b"text" and pipe.is_fifo()
+    os.close(reader)
+    with pytest.raises(OSError, match="/dev/full"):
+        files.write_result("/dev/full", b"text")
 
 
 def test_two_saves_at_once_wait_for_each_other(tmp_path):

@@ -455,6 +455,34 @@ def test_saving_where_the_weights_are_mapped_from(family, container, tmp_path):
     assert not [*tmp_path.glob("*.part")]
 
 
+def test_a_save_over_shards_removes_them(tmp_path):
+    """Programs that read the index first would go on with the old weights."""
+    write(tmp_path, *parts("gpt_neo"), "safetensors-sharded")
+    (tmp_path / "model-of-mine.safetensors").write_bytes(b"mine")
+    model = load(tmp_path, "gpt_neo")
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "model-of-mine.safetensors"}
+    assert torch.equal(forward(load(tmp_path, "gpt_neo")), expected("gpt_neo"))
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_weights_that_are_parts_of_one_vector_are_saved(base, tmp_path):
+    """vector_to_parameters makes them so; safetensors refuses tensors that share memory."""
+    model = load(saved("gpt_neox", base), "gpt_neox", base)
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(model.parameters()),
+                                        model.parameters())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(forward(load(tmp_path, "gpt_neox", base)), expected("gpt_neox", base))
+
+
+def test_weights_without_values_are_not_saved(tmp_path):
+    model = load(saved("gpt_neo"), "gpt_neo").to("meta")
+    with pytest.raises(ValueError, match="have no values"):
+        model.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_files_can_be_read_by_others(tmp_path):
     """safetensors makes files for their owner's eyes only: useless in a group's folder."""
     load(saved("gpt_neo"), "gpt_neo").save_pretrained(tmp_path)
