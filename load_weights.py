@@ -620,12 +620,9 @@ def official_state(model):
 
 
 def unshared(state):
-    """The tensors, copied where several are parts of the same memory.
-
-    torch.nn.utils.vector_to_parameters, for instance, makes them so; safetensors refuses them.
-    """
-    times = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
-    return {name: tensor.clone() if times[tensor.untyped_storage().data_ptr()] > 1 else tensor
+    """The tensors, each with values of its own: safetensors refuses layers that share weights."""
+    times = Counter(tensor.data_ptr() for tensor in state.values())
+    return {name: tensor.clone() if times[tensor.data_ptr()] > 1 else tensor
             for name, tensor in state.items()}
 
 
