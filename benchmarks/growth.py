@@ -29,22 +29,22 @@ NAMES = ("compiled", "ours", "transformers")
 
 def run(dtype, rounds, new_tokens, plot):
     dtype = getattr(torch, dtype or "float32")
-    found = {"decode": {}, "cache": {}, "prefill": {}, "memory": {}}
+    result = {"decode": {}, "cache": {}, "prefill": {}, "memory": {}}
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             write(model, folder, dtype)
             players = {name: competitor(name, folder, dtype) for name in NAMES}
-            found["decode"][model] = decoding(players, new_tokens, rounds)
-            found["cache"][model] = {n: cache_bytes(players, n, dtype) for n in CONTEXTS}
-            found["prefill"][model] = prefill(players, rounds)
+            result["decode"][model] = decoding(players, new_tokens, rounds)
+            result["cache"][model] = {n: cache_bytes(players, n, dtype) for n in CONTEXTS}
+            result["prefill"][model] = prefill(players, rounds)
             del players
-            found["memory"][model] = {T: {name: peak(name, folder, dtype, T) for name in NAMES[1:]}
+            result["memory"][model] = {T: {name: peak(name, folder, dtype, T) for name in NAMES[1:]}
                                       for T in LENGTHS}
-    found["layer"] = one_query(dtype, rounds)
-    report(found, name_of(dtype))
+    result["layer"] = one_query(dtype, rounds)
+    report(result, name_of(dtype))
     if plot:
-        draw(found, name_of(dtype), plot)
-    return found
+        draw(result, name_of(dtype), plot)
+    return result
 
 
 def prompt(T):
@@ -55,10 +55,10 @@ def by_turns(points, runs_at, rounds):
     """{point: {name: figures}}.  In each round every name has its turn at every point, so that a
     minute in which the machine is slow falls on all points and makes no bump in a curve."""
     runs = {(point, name): run for point in points for name, run in runs_at(point).items()}
-    found = {point: {} for point in points}
+    result = {point: {} for point in points}
     for (point, name), figures in in_turns(runs, rounds).items():
-        found[point][name] = figures
-    return found
+        result[point][name] = figures
+    return result
 
 
 def decoding(players, new_tokens, rounds):
@@ -111,12 +111,12 @@ def one_query(dtype, rounds, heads=12, width=64, window=256):
         return {kind: seconds(lambda k=k: [attention(q, k, k, scale=1.0) for _ in range(50)])
                 for kind, k in caches.items()}
 
-    found = by_turns(CONTEXTS, runs_at, max(rounds, 5))
+    result = by_turns(CONTEXTS, runs_at, max(rounds, 5))
     return {n: {kind: [x / 50 for x in values] for kind, values in kinds.items()}
-            for n, kinds in found.items()}
+            for n, kinds in result.items()}
 
 
-def report(found, dtype):
+def report(result, dtype):
     """The same as tables."""
     middle = statistics.median
     for model in MODELS:
@@ -124,8 +124,8 @@ def report(found, dtype):
               + " | ".join(f"{name}, ms a token" for name in NAMES)
               + " | times as fast, compiled / plain | cache, MB, ours / theirs |\n|---|"
               + "---|" * (len(NAMES) + 2))
-        for n, figures in found["decode"][model].items():
-            cache = found["cache"][model][n]
+        for n, figures in result["decode"][model].items():
+            cache = result["cache"][model][n]
             print(f"| {n} | " + " | ".join(f"{1e3 * middle(figures[name]):.1f}" for name in NAMES)
                   + f" | {ratio(figures, 'compiled', 'transformers'):.2f}"
                   f" / {ratio(figures, 'ours', 'transformers'):.2f}"
@@ -133,20 +133,20 @@ def report(found, dtype):
         print(f"\nprefill, {model} shape, {dtype}\n"
               "| tokens | ours, s | transformers, s | times as fast | peak, MB, ours / theirs |"
               "\n|---|---|---|---|---|")
-        for T, figures in found["prefill"][model].items():
-            peaks = found["memory"][model][T]
+        for T, figures in result["prefill"][model].items():
+            peaks = result["memory"][model][T]
             print(f"| {T} | {middle(figures['ours']):.3f} | "
                   f"{middle(figures['transformers']):.3f} | "
                   f"{ratio(figures, 'ours', 'transformers'):.2f} | "
                   f"{peaks['ours'] / 1e6:.0f} / {peaks['transformers'] / 1e6:.0f} |")
     print(f"\none query's attention, 12 heads 64 wide, {dtype}\n"
           "| context | global layer, µs | local layer, µs |\n|---|---|---|")
-    for n, figures in found["layer"].items():
+    for n, figures in result["layer"].items():
         both = (f"{1e6 * middle(figures[kind]):.0f}" for kind in ("global", "local"))
         print(f"| {n} | " + " | ".join(both) + " |")
 
 
-def draw(found, dtype, prefix):
+def draw(result, dtype, prefix):
     """prefix/decode.png and prefix/prefill.png: speed on the left, memory on the right."""
     plt = pyplot()
     Path(prefix).mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def draw(found, dtype, prefix):
             for name in NAMES:
                 for axes, what, value in ((left, page, shown),
                                           (right, bytes_of, lambda x: x / 1e6)):
-                    rows = found[what][model]
+                    rows = result[what][model]
                     if name in next(iter(rows.values())):
                         axes.plot(list(rows), [value(figures[name]) for figures in rows.values()],
                                   line, marker="o",

@@ -94,9 +94,9 @@ def compiled(job):
                 tensor_core_instructions=instructions)
 
 
-def failures(found):
+def failures(result):
     """Kernels that spill, need too much shared memory, or use no tensor cores in half precision."""
-    return [x for x in found if x["spilled"] or x["shared"] > x["shared_limit"]
+    return [x for x in result if x["spilled"] or x["shared"] > x["shared_limit"]
             or (x["dtype"] != "fp32" and not x["tensor_core_instructions"])]
 
 
@@ -113,7 +113,7 @@ def compile_all(widths, dtypes):
             return list(pool.map(compiled, jobs))
 
 
-def show_compiled(found):
+def show_compiled(result):
     """A row for each kernel and width: the worst of dtypes and padding."""
     columns = "registers | spilled bytes | shared KiB | tensor-core instructions"
     print("| width | kernel | precision " + "".join(f"| {gpu}: {columns} " for gpu in GPUS) + "|")
@@ -123,7 +123,7 @@ def show_compiled(found):
             for title, dtypes in (("half", ("fp16", "bf16")), ("float32", ("fp32",))):
                 cells = []
                 for gpu in GPUS:
-                    same = [x for x in found if x["dtype"] in dtypes
+                    same = [x for x in result if x["dtype"] in dtypes
                             and (x["width"], x["kernel"], x["gpu"]) == (D, name, gpu)]
                     if same:
                         cells += [max(x["registers"] for x in same),
@@ -191,15 +191,15 @@ def run():
     if A.triton is None or A.INTERPRETED:
         raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and "
                          "TRITON_INTERPRET not set to 1")
-    found = compile_all(WIDTHS, DTYPES)
+    result = compile_all(WIDTHS, DTYPES)
     print("\nCompiled ahead of time, without a GPU: the most registers, spilled bytes and shared "
           "memory, and the fewest tensor-core\ninstructions, of float16 and bfloat16, with key "
           "padding and without\n")
-    show_compiled(found)
+    show_compiled(result)
     show_computed(2048, 256, 12, 64)
     show_computed(2048, 256, 20, 128)
-    failed = failures(found)
+    failed = failures(result)
     if failed:
         raise SystemExit("\n".join(
             ["spilled, too large, or without tensor cores:", *map(str, failed)]))
-    return found
+    return result
