@@ -881,5 +881,5 @@ if A.INTERPRETED:
 # ## Further
 #
 # * Milakov and Gimelshein 2018, “Online normalizer calculation for softmax”; Dao et al. 2022, “FlashAttention”; Dao 2023, “FlashAttention-2”.
-# * [Triton's tutorials](https://triton-lang.org/main/getting-started/tutorials/index.html), of which number 6 is a fused attention, and Sasha Rush's [Triton Puzzles](https://github.com/srush/Triton-Puzzles), whose steps this notebook follows.
+# * [Triton's tutorials](https://triton-lang.org/main/getting-started/tutorials/index.html), of which number 6 is a fused attention, and Sasha Rush's [Triton Puzzles](https://github.com/srush/Triton-Puzzles), which also go in small steps.
 # * What the kernel does not have: dropout (it refuses it), autotuning, split-K for decoding (exercise 3.4 is its core), and heads that share keys, which neither family has.

@@ -709,21 +709,21 @@ with exercise("4.3"):
 #
 # ```python
 # @torch.no_grad()
-# def part_outputs(model):
-#     """{(block, part): what came out of it}, in the order of running."""
-#     seen, hooks = {}, []
-#     for i, block in enumerate(blocks(model)):
-#         for part in ("ln_1", "attn", "ln_2", "mlp"):
-#             def keep(module, args, out, key=(i, part)):
-#                 seen[key] = out[0] if isinstance(out, tuple) else out
-#             hooks.append(getattr(block, part).register_forward_hook(keep))
-#     model(ids)
-#     for hook in hooks:
-#         hook.remove()
-#     return seen
-#
 # def locate(model):
 #     """(block, name of its part) where the model first differs from `ours` on `ids`."""
+#     def part_outputs(model):
+#         """{(block, part): what came out of it}, in the order in which the parts run."""
+#         seen, hooks = {}, []
+#         for i, block in enumerate(blocks(model)):
+#             for part in ("ln_1", "attn", "ln_2", "mlp"):
+#                 def keep(module, args, out, key=(i, part)):
+#                     seen[key] = out[0] if isinstance(out, tuple) else out
+#                 hooks.append(getattr(block, part).register_forward_hook(keep))
+#         model(ids)
+#         for hook in hooks:
+#             hook.remove()
+#         return seen
+#
 #     good, bad = part_outputs(ours), part_outputs(model)
 #     return next(key for key in good if not torch.equal(good[key], bad[key]))
 # ```
