@@ -8,6 +8,7 @@
     python benchmark.py train           one training step: time, memory  (benchmarks/training.py)
     python benchmark.py 20b             gpt-neox-20b's shape in 4 bits   (benchmarks/twenty.py)
     python benchmark.py accuracy        what 8 and 4 bits a weight lose  (benchmarks/accuracy.py)
+    python benchmark.py bits            int8 and int4 beside llama.cpp's (benchmarks/llama_cpp.py)
     python benchmark.py growth          speed and memory against the length of the text, with plots
     python benchmark.py ceilings        how fast this machine can read memory and multiply matrices
     python benchmark.py load            from_pretrained and every weight read once: time, memory
@@ -15,7 +16,7 @@
     python benchmark.py attention       one layer through every backend  (benchmarks/backends.py)
     python benchmark.py jax             neo_jax.py beside our compiled step (benchmarks/in_jax.py)
     python benchmark.py kernels         the Triton kernels compiled, no GPU (benchmarks/kernels.py)
-    python benchmark.py all             all but gpu, growth, attention, jax and kernels
+    python benchmark.py all             ceilings, prefill to memory, train, load and first-token
 
 Both sides get the same weights (random, in an official shape), the same dtype and the same threads.
 They take turns, because the speed of a machine drifts, and ratios are taken turn by turn.  The
@@ -44,8 +45,8 @@ MISSING = stand_ins.install() if "gpu" in sys.argv else []          # before any
 
 import torch
 
-from benchmarks import (accuracy, backends, generation, gpu, growth, in_jax, kernels, training,
-                        twenty)
+from benchmarks import (accuracy, backends, generation, gpu, growth, in_jax, kernels, llama_cpp,
+                        training, twenty)
 from benchmarks.common import ROOT, in_fresh_process, in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
 from files import Parser
@@ -128,7 +129,8 @@ def first_token(rounds):
 
 COMMANDS = {**generation.COMMANDS, "growth": growth.run, "train": training.run, "load": load,
             "first-token": first_token, "attention": backends.run, "kernels": kernels.run,
-            "gpu": gpu.run, "jax": in_jax.run, "20b": twenty.run, "accuracy": accuracy.run}
+            "gpu": gpu.run, "jax": in_jax.run, "20b": twenty.run, "accuracy": accuracy.run,
+            "bits": llama_cpp.bits}
 
 ALL = ("ceilings", "prefill", "decode", "batch", "memory", "train", "load", "first-token")
 

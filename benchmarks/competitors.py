@@ -15,8 +15,9 @@ from load_weights import AutoModelForCausalLM
 
 
 class Ours:
-    def __init__(self, folder, dtype, compile=False):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype)
+    def __init__(self, folder, dtype, compile=False, weights=None):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype,
+                                                          weights=weights)
         self.compile = compile
 
     @torch.no_grad()

@@ -2,17 +2,25 @@
 
     pip install llama-cpp-python==0.3.36 gguf==0.19.0       (builds C++, a quarter of an hour)
 
+    pip install xllamacpp==2026.10.11549 gguf==0.19.0       (prebuilt; for benchmark.py bits)
+
 The weights go into a GGUF file under the names and in the order that llama.cpp reads (gptneox: QKV
 of all heads first Q, then K, then V), with a stand-in vocabulary: token ids are all that a
 benchmark needs.
 """
 
 import json
+import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+from benchmarks.common import in_turns, ratio
+from benchmarks.competitors import Ours
+from benchmarks.shapes import write
 
 LAYER = {"input_layernorm": "attn_norm", "attention.query_key_value": "attn_qkv",
          "attention.dense": "attn_output",
@@ -47,7 +55,11 @@ def add_settings(writer, config):
 
 
 def write_gguf(folder, file, dtype):
-    """A GGUF file of the checkpoint's weights: matrices in dtype, norms and biases in float32."""
+    """A GGUF file of the checkpoint's weights: matrices in dtype, norms and biases in float32.
+
+    dtype: torch.float32, torch.bfloat16, or "Q8_0" or "Q4_0", blocks of 32 numbers with
+    a scale, for which the package gguf has the rounding.
+    """
     import gguf
     config = json.loads(Path(folder, "config.json").read_text())
     writer = gguf.GGUFWriter(file, "gptneox")
@@ -68,6 +80,9 @@ def write_gguf(folder, file, dtype):
             if x.dim() == 2 and dtype == torch.bfloat16:
                 writer.add_tensor(target, x.bfloat16().view(torch.uint8).numpy(),
                                   raw_dtype=gguf.GGMLQuantizationType.BF16)
+            elif x.dim() == 2 and isinstance(dtype, str):
+                kind = gguf.GGMLQuantizationType[dtype]
+                writer.add_tensor(target, gguf.quants.quantize(x.numpy(), kind), raw_dtype=kind)
             else:
                 writer.add_tensor(target, x.numpy())
     writer.write_header_to_file()
@@ -105,3 +120,51 @@ class LlamaCpp:
         self.llama.n_tokens = self.context
         self.llama._ctx.kv_cache_seq_rm(-1, self.context, -1)
         return times
+
+
+class LlamaServer:
+    """llama.cpp with weights of the kind "Q8_0" or "Q4_0", by its server in this process."""
+
+    def __init__(self, folder, kind):
+        import xllamacpp
+        write_gguf(folder, f"{folder}/{kind}.gguf", kind)
+        how = xllamacpp.CommonParams()
+        how.model.path, how.verbosity, how.warmup = f"{folder}/{kind}.gguf", 0, False
+        how.n_ctx, how.n_parallel, how.n_batch, how.n_ubatch = 2100, 1, 2048, 512
+        how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
+        self.server = xllamacpp.Server(how)
+
+    def fill_cache(self, ids, room):
+        self.ids = ids[0].tolist()
+
+    def decode(self, n):
+        """Seconds of a token, as the server tells them, without the prompt."""
+        answer = self.server.handle_completions({
+            "prompt": self.ids, "n_predict": n, "temperature": 0, "ignore_eos": True,
+            "cache_prompt": True})
+        answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
+        return [answer["timings"]["predicted_per_token_ms"] / 1000]
+
+
+PAIRS = {"int8": "Q8_0", "int4": "Q4_0"}
+
+
+def bits(rounds, contexts, new_tokens):
+    """pythia-160m's shape, compiled, with int8 and int4 beside llama.cpp's q8_0 and q4_0."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write("pythia-160m", folder)
+        players = {kind: Ours(folder, torch.float32, compile=True, weights=kind) for kind in PAIRS}
+        players |= {kind: LlamaServer(folder, kind) for kind in PAIRS.values()}
+        for context in contexts:
+            ids = torch.randint(1, 50000, (1, context), generator=torch.Generator().manual_seed(0))
+            for player in players.values():
+                player.fill_cache(ids, new_tokens)
+            found[context] = in_turns({name: lambda p=p: statistics.median(p.decode(new_tokens))
+                                       for name, p in players.items()}, rounds)
+            for mine, theirs in PAIRS.items():
+                speed = {name: 1 / statistics.median(found[context][name]) for name in players}
+                print(f"context {context}: {mine} {speed[mine]:.1f} tokens/s, llama.cpp's {theirs} "
+                      f"{speed[theirs]:.1f}, ratio {ratio(found[context], mine, theirs):.2f}",
+                      flush=True)
+    return found

@@ -24,7 +24,7 @@ LATE = {"sampling.py": {"fast.step"},                           # loads torch's 
         "benchmarks/backends.py": {"torch.nn.attention.flex_attention"},         # so does this
         "benchmarks/competitors.py": {"benchmarks.llama_cpp"},  # needs llama_cpp, which is optional
         "benchmarks/in_jax.py": {"neo_jax"},                    # needs jax, which is optional
-        "benchmarks/llama_cpp.py": {"llama_cpp"},               # the package of that name
+        "benchmarks/llama_cpp.py": {"llama_cpp", "xllamacpp"},  # the packages of these names
         "files.py": {"huggingface_hub", "huggingface_hub.utils"},                # a folder needs no hub
         "tokenizer.py": {"numpy", "torch"},                     # only where arrays or tensors are asked for
         "load_weights.py": {"neo", "neox", "tokenizer"}}        # the factory Auto...

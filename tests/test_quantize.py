@@ -17,7 +17,7 @@ import load_weights
 import quantize
 import sampling
 import score
-from benchmarks import accuracy, twenty
+from benchmarks import accuracy, competitors, llama_cpp, twenty
 from benchmarks.common import in_fresh_process
 from benchmarks.shapes import SHAPES as OFFICIAL
 from benchmarks.shapes import pythia
@@ -429,6 +429,27 @@ def test_what_was_found_is_printed_before_it_is_interrupted(tiny_20b, capsys, mo
         benchmark.main(["20b"])
     out = capsys.readouterr().out
     assert "load, seconds" in out and "bytes of a step" in out and "tokens/s" not in out
+
+
+def test_the_command_bits(capsys, monkeypatch, tmp_path):
+    """Ours, not compiled here, beside a stand-in that takes a second a token."""
+    class Slow:
+        def __init__(self, folder, kind):
+            self.kind = kind
+
+        def fill_cache(self, ids, room):
+            pass
+
+        def decode(self, n):
+            return [1.0]
+
+    monkeypatch.setitem(OFFICIAL, "pythia-160m", pythia(1, 16, 2))
+    monkeypatch.setattr(llama_cpp, "LlamaServer", Slow)
+    monkeypatch.setattr(competitors, "Step", lambda model, cache: lambda *given: model(*given, cache=cache).logits[:, -1])
+    benchmark.main(["bits", "--contexts", "5", "--new-tokens", "2", "--rounds", "1", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["bits"]["5"]
+    assert [*found] == ["int8", "int4", "Q8_0", "Q4_0"] and found["int4"][0] < 1 == found["Q4_0"][0]
+    assert "llama.cpp's Q4_0 1.0, ratio" in capsys.readouterr().out
 
 
 def test_the_command_accuracy(capsys, monkeypatch, tmp_path):
