@@ -498,17 +498,17 @@ def seeds_with_margins(rates, margins, title="", x="", axes=None):
     axes = axes or panels(1, 8, 0.5 * len(rates) + 1.2)[0]
     for i, (name, values) in enumerate(rates.items()):
         axes.errorbar(values.mean().item(), i, xerr=float(margins[name]), fmt="|", color=GREY, capsize=4, markersize=12,
-                      label="mean of the seeds, 95 % interval" if i == 0 else None)
+                      label="mean, 95 % interval" if i == 0 else None)
         axes.plot(values.tolist(), [i - 0.18] * len(values), "o", color=BLUE, markersize=5, alpha=0.7,
                   label="one seed" if i == 0 else None)
         axes.text(1.0, i, f"{values.mean():.2f}", va="center", ha="right", fontsize=10)
     axes.set_yticks(range(len(rates)), rates)
     axes.invert_yaxis()
     axes.axvline(1 / 3, color=GREY, linewidth=1, linestyle="--")
-    axes.text(1 / 3 + 0.005, len(rates) - 0.62, "chance", color=GREY, fontsize=9)
+    axes.text(1 / 3 + 0.005, len(rates) - 0.6, "chance", color=GREY, fontsize=9)
     axes.grid(axis="y", visible=False)
     axes.set(title=title, xlabel=x, xlim=(0, 1), ylim=(len(rates) - 0.5, -0.6))
-    axes.legend(fontsize=9, loc="lower left")
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.62))
     return axes
 
 
