@@ -418,7 +418,7 @@ if found := official("EleutherAI/gpt-neo-125m"):
                "gpt-neo-125m, scores of layer 2", "score")
 
 # %% [markdown]
-# **A deliberate mistake:** add the division, as anyone would who writes attention from memory. (Scaling
+# **A deliberate mistake:** add the division, as one does who writes attention from memory. (Scaling
 # the weights of q by 1/8 has the same effect.) What does it cost on this text? The loss alone does not
 # say whether a rise is large. It needs a yardstick: the loss of the same model without any attention.
 #
@@ -453,8 +453,7 @@ assert 0.6 < lost < 0.7
 
 # %% [markdown]
 # A loss that rises by 4 % looks harmless. In truth it is almost two thirds of the way to a model whose
-# tokens do not see each other at all. Such a fault is easily overlooked, because the text still looks
-# like Shakespeare.
+# tokens do not see each other at all.
 #
 # The missing division has one more consequence. Scores that are not divided are larger, so they are
 # rounded more coarsely in bfloat16, where a number has only 8 significant bits. GPT-Neo casts q and k up
@@ -929,10 +928,11 @@ for name, changes in MISTAKES.items():
 #
 # ## In three sentences
 #
-# A GPT-Neo is a GPT-2 whose scores are not divided by √D and whose every second layer reads only the last
-# W tokens, itself included. Local layers need less than a quarter of the scores at 2048 tokens and half of
-# the layers' cache stops growing, but only code that knows the window saves anything. A wrong window can
-# be seen only in a text that is longer than the window, and only in the logits, since the loss hardly moves.
+# A GPT-Neo is a GPT-2 whose q, k and v have no bias, whose scores are not divided by √D, and whose every
+# second layer reads only the last W tokens, itself included. At 2048 tokens such a local layer needs less
+# than a quarter of the scores, and its cache has stopped growing, but only code that knows the window
+# saves anything. A port with too wide a window gives the right logits for every text of up to W tokens,
+# and the loss hardly shows the mistake in longer ones, so compare logits at more than W tokens.
 #
 # ## Further
 #
