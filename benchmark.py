@@ -49,7 +49,7 @@ from benchmarks import (accuracy, backends, generation, gpu, growth, in_jax, ker
                         training, twenty)
 from benchmarks.common import ROOT, in_fresh_process, in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
-from files import Parser
+from files import Parser, plain, whole_output, write_result
 from neo import GPTNeoForCausalLM
 
 
@@ -135,6 +135,16 @@ COMMANDS = {**generation.COMMANDS, "growth": growth.run, "train": training.run, 
 ALL = ("ceilings", "prefill", "decode", "batch", "memory", "train", "load", "first-token")
 
 
+def positive(text):
+    """A number of at least 1 and below 2^31; argparse makes a ValueError a message."""
+    if not 1 <= int(text) < 2**31:
+        raise ValueError
+    return int(text)
+
+
+positive.__name__ = "number above 0 and below 2^31"            # for argparse's message
+
+
 def arguments(argv):
     parser = Parser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,24 +157,25 @@ def arguments(argv):
     option("--dtype", choices=["float32", "bfloat16", "float16"],
            help="default float32; for attention on a GPU float16")
     option("--weights", choices=["int8", "int4"], default="int4", help="20b (default int4)")
-    option("--layers", type=int, metavar="N", help="20b: only so many of the 44 layers")
+    option("--layers", type=positive, metavar="N", help="20b: only so many of the 44 layers")
     option("--texts", metavar="DIR", default=".venv/texts",
            help="accuracy: Shakespeare's plays, which make .venv/texts gets (default .venv/texts)")
-    option("--rounds", type=int, default=5, metavar="N", help="turns that each takes (default 5)")
-    option("--tokens", type=int, default=2048, metavar="T",
+    option("--rounds", type=positive, default=5, metavar="N",
+           help="turns that each takes (default 5)")
+    option("--tokens", type=positive, default=2048, metavar="T",
            help="prefill: length of the prompt (default 2048)")
-    option("--lengths", type=int, nargs="+", metavar="T",
+    option("--lengths", type=positive, nargs="+", metavar="T",
            help="prefill and attention: several lengths")
-    option("--contexts", type=int, nargs="+", metavar="T", default=[16, 1900],
+    option("--contexts", type=positive, nargs="+", metavar="T", default=[16, 1900],
            help="decode: tokens in the cache (default 16 and 1900)")
-    option("--new-tokens", type=int, default=24, metavar="N",
+    option("--new-tokens", type=positive, default=24, metavar="N",
            help="decode and batch: tokens in each turn (default 24)")
     option("--device", metavar="NAME",
            help="attention and gpu: cpu, or cuda (default if there is a GPU)")
-    option("--heads", type=int, default=12, metavar="H", help="attention: heads (default 12)")
-    option("--head-dim", type=int, default=64, metavar="D",
+    option("--heads", type=positive, default=12, metavar="H", help="attention: heads (default 12)")
+    option("--head-dim", type=positive, default=64, metavar="D",
            help="attention: width of a head (default 64)")
-    option("--window", type=int, default=256, metavar="W",
+    option("--window", type=positive, default=256, metavar="W",
            help="attention: window of the local layer (default 256)")
     option("--plot", metavar="FILE",
            help="prefill, decode, attention: also a picture; growth: a folder for two")
@@ -175,9 +186,13 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.what == "gpu" and not args.out:
         parser.error("gpu needs --out DIR")
+    for path in filter(None, (args.json, args.plot)):          # hours before it is written
+        if Path(path).is_dir() and path == args.json or not Path(path).absolute().parent.is_dir():
+            parser.error(f"{plain(path)} cannot be written: name a file in a folder that is there")
     return args
 
 
+@whole_output
 def main(argv=None):
     """Run one command or all; each function is given those options that it has a parameter for."""
     args = arguments(argv)
@@ -190,7 +205,8 @@ def main(argv=None):
         function = COMMANDS[name]
         result[name] = function(**{x: options[x] for x in inspect.signature(function).parameters})
     if args.json:
-        Path(args.json).write_text(json.dumps({"versions": versions, **result}, indent=2) + "\n")
+        text = json.dumps({"versions": versions, **result}, indent=2) + "\n"
+        write_result(args.json, text.encode())
 
 
 def processor():

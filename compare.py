@@ -62,7 +62,7 @@ from diagnose import (
     trace,
     window_of,
 )
-from files import Parser, error_line, plain, replace_closed_stderr, write_result
+from files import Parser, error_line, plain, replace_closed_stderr, whole_output, write_result
 from load_weights import (
     NAMES,
     AutoModelForCausalLM,
@@ -613,11 +613,14 @@ def judge_vectors(folder, answers, junit_path=None):
     return 0 if all(v.passed for v in verdicts) else 1
 
 
+@whole_output
 def main(argv=None):
     """Exit status: 0 the same, 1 different, 2 with one line on what is wrong."""
     replace_closed_stderr()
     args = arguments(argv)
     try:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed: there is nowhere to write the result")
         if args.vectors:
             write_vectors(args.vectors)
             return 0

@@ -7,11 +7,14 @@
     write_result   write one file that the user has named
     shown, plain   a value or a name from a file, made printable for an error message
     Parser         the options of a command line
+    whole_output   makes a command's main write all its output, or say what was wrong
 """
 
 import argparse
+import codecs
 import contextlib
 import errno
+import functools
 import glob
 import json
 import os
@@ -69,6 +72,60 @@ def replace_closed_stderr():
     """Where standard error is closed, as by 2>&-, messages and progress bars go nowhere."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
+
+
+def replace_what_cannot_be_written(output):
+    """Let `output` write ? for characters that its encoding lacks; returns the list of them."""
+    replaced = []
+
+    def replace(error):
+        replaced.extend(error.object[error.start:error.end])
+        return "?" * (error.end - error.start), error.end
+
+    codecs.register_error("replace and note", replace)
+    if hasattr(output, "reconfigure"):                     # a notebook's output takes everything
+        output.reconfigure(errors="replace and note")
+    return replaced
+
+
+def say_what_was_replaced(replaced):
+    """Say which characters `replace_what_cannot_be_written` has replaced, if any."""
+    if replaced:
+        print(f"standard output is {sys.stdout.encoding}, which has no "
+              f"{' '.join(sorted(set(replaced)))}: written as ?.  PYTHONIOENCODING=utf-8 "
+              "has the text written whole", file=sys.stderr)
+
+
+def discard_output():
+    """Throw away what is still to be written to standard output."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def whole_output(main):
+    """The same main(argv), which also writes out what is still to be written when it ends.
+
+    Characters that the output's encoding lacks are replaced, and that is said.  If the reader has
+    gone, as with | head, the exit status stays; on a full disk it is 2, with one line.
+    """
+    @functools.wraps(main)
+    def command(argv=None):
+        replaced, status = replace_what_cannot_be_written(sys.stdout), 2
+        try:
+            status = main(argv)
+            if sys.stdout:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            discard_output()
+        except OSError as error:
+            discard_output()
+            if status != 2:                                # otherwise main has said it already
+                print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            return 2
+        finally:
+            say_what_was_replaced(replaced)
+        return status
+    return command
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,13 +325,19 @@ def write_files(folder, files, gone=()):
 def write_result(path, content):
     """Write one file that the user has named; content is as in write_files.
 
-    What is no file, such as /dev/stdout, is written to and not replaced.
+    What is no file, such as /dev/stdout, is written to and not replaced: save_file would replace
+    it, so such content is made in a temporary file first.
     """
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        write_part(path, content, path)
-    else:
+    if not path.exists() or path.is_file() or path.is_dir():
         write_files(path.parent, {path.name: content})
+        return
+    if not isinstance(content, bytes):
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder, "part")
+            write_part(part, content, path)
+            content = part.read_bytes()
+    write_part(path, content, path)
 
 
 def check_places(folder, names):

@@ -10,7 +10,6 @@ Of several processes each has a share of the model (parallel.py); process 0 prin
 This file is the command line; the loop that generates is in sampling.py.
 """
 
-import codecs
 import contextlib
 import functools
 import itertools
@@ -22,7 +21,14 @@ import torch
 import torch.distributed as dist
 
 from attention import choose_backend, prefers_triton
-from files import Parser, read_text, replace_closed_stderr
+from files import (
+    Parser,
+    discard_output,
+    read_text,
+    replace_closed_stderr,
+    replace_what_cannot_be_written,
+    say_what_was_replaced,
+)
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from processes import (
     SharedError,
@@ -370,20 +376,6 @@ def prompts(first, interactive):
             yield line
 
 
-def replace_what_cannot_be_written(output):
-    """Let `output` write ? for characters that its encoding lacks; returns the list of them."""
-    replaced = []
-
-    def replace(error):
-        replaced.extend(error.object[error.start:error.end])
-        return "?" * (error.end - error.start), error.end
-
-    codecs.register_error("replace and note", replace)
-    if hasattr(output, "reconfigure"):                     # a notebook's output takes everything
-        output.reconfigure(errors="replace and note")
-    return replaced
-
-
 def main(argv=None):
     """Exit status: 0, 2 with one line on what is wrong, 130 when interrupted."""
     replace_closed_stderr()
@@ -424,17 +416,8 @@ def command(args):
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        if replaced:
-            print(f"standard output is {sys.stdout.encoding}, which has no "
-                  f"{' '.join(sorted(set(replaced)))}: written as ?.  PYTHONIOENCODING=utf-8 "
-                  "has the text written whole", file=sys.stderr)
+        say_what_was_replaced(replaced)
     return 0
-
-
-def discard_output():
-    """Throw away what is still to be written to standard output."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

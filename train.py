@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from files import error_line, plain, read_json, replace_closed_stderr
+from files import error_line, plain, read_json, replace_closed_stderr, whole_output
 from processes import (
     SharedError,
     error_text,
@@ -338,6 +338,7 @@ def is_out_of_memory(error):
     return isinstance(error, kinds) or "allocate memory" in str(error)
 
 
+@whole_output
 def main(argv=None):
     """Exit status: 0 finished, 130 stopped by Ctrl-C, 2 with one line on what is wrong."""
     replace_closed_stderr()

@@ -635,6 +635,8 @@ def test_standard_output_that_cannot_be_written(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert generate.main(["hi", "--model", str(good("gpt_neo"))]) == 2
     assert capsys.readouterr().err == "error: standard output is closed: there is nowhere to write the text\n"
+    assert compare.main(["nowhere", "--lengths", "2"]) == 2
+    assert capsys.readouterr().err == "error: standard output is closed: there is nowhere to write the result\n"
 
 
 def test_a_closed_standard_error_stops_nothing(monkeypatch, capsys, tmp_path):

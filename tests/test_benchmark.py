@@ -314,3 +314,13 @@ def test_the_gpu_command_needs_torch_alone(tmp_path):
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert "Missing packages: tqdm, tiktoken, safetensors." in page
     assert "no plot was drawn, because matplotlib is missing" in page
+
+
+@pytest.mark.parametrize("options", [["--rounds", "0"], ["--lengths", "8", "-1"], ["--window", "nan"], ["--heads", "9" * 20],
+                                     ["--json", "nowhere/figures.json"], ["--plot", "nowhere/figure.png"], ["--json", "."]])
+def test_bad_options_are_said_before_anything_is_measured(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(["attention", *options])
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("benchmark.py: error: ") or options[0] in last or options[1] in last

@@ -1,5 +1,7 @@
 """Files that belong together are written all or not at all; what a file contains is printed safely."""
 
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -134,6 +136,13 @@ def test_a_result_is_whole_or_not_there_and_a_pipe_is_not_replaced(tmp_path):
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     files.write_result(pipe, b"text")
     assert os.read(reader, 9) == b"text" and pipe.is_fifo()
+
+    def replaces(path):                                    # as safetensors' save_file does
+        (tmp_path / "new").write_bytes(b"more")
+        os.replace(tmp_path / "new", path)
+
+    files.write_result(pipe, replaces)
+    assert os.read(reader, 9) == b"more" and pipe.is_fifo()
     os.close(reader)
     with pytest.raises(OSError, match="/dev/full"):
         files.write_result("/dev/full", b"text")
@@ -167,6 +176,30 @@ def test_links_are_replaced_and_never_followed(tmp_path):
     files.write_files(folder, NEW)
     assert contents(folder) == NEW and outside.read_bytes() == b"mine"
     assert not (folder / "config.json").is_symlink()
+
+
+def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    """Without this the text is still waiting when Python ends, which then reports an ignored error."""
+    for path, status, says in [("/dev/full", 2, "error: standard output: No space left on device\n"), (None, 0, "")]:
+        reader, pipe = os.pipe()
+        os.close(reader)                                   # as | head does
+        monkeypatch.setattr(sys, "stdout", open(path or pipe, "w"))
+        assert files.whole_output(lambda argv: print("text") or 0)() == status
+        assert capsys.readouterr().err == says
+        sys.stdout.close()                                 # nothing is left to be written
+
+
+def test_output_in_an_encoding_that_lacks_a_character(monkeypatch, capsys):
+    """The reports of compare.py have a Δ, which cp1252 has not."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert files.whole_output(lambda argv: print("max Δ") or 1)() == 1
+    assert sys.stdout.buffer.getvalue().strip() == b"max ?"
+    assert "has no Δ: written as ?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["benchmark", "compare", "train"])
+def test_the_commands_that_print_results_write_them_out(module):
+    assert importlib.import_module(module).main.__wrapped__
 
 
 @pytest.mark.parametrize("value, expected", [
