@@ -231,7 +231,7 @@ print("cos, sin of GPT-NeoX   (1, 1, T, R/2)", tuple(cos.shape))
 # in. Use the config's `num_heads`, `head_dim` and `vocab_size`.
 
 # %% tags=["stub"]
-def shapes(config, B, T, past):
+def predicted_shapes(config, B, T, past):
     """-> dict(q=(...), k=(...), weights=(...), y=(...), lm_head=(...))"""
     ...
 
@@ -242,7 +242,7 @@ with exercise("0.1"):
                                   attention_types=[[["global"], 1]])
         told = walk(neo.GPTNeoForCausalLM(config), torch.ones(rows, old + new).long(), old)
         expected = {part: told[part] for part in ("q", "k", "weights", "y", "lm_head")}
-        same(shapes(config, rows, new, old), expected,
+        same(predicted_shapes(config, rows, new, old), expected,
              f"B = {rows}, T = {new}, past = {old}, C = {C}, H = {H}")
 
 # %% [markdown]
@@ -255,7 +255,7 @@ with exercise("0.1"):
 # <details><summary>Solution</summary>
 #
 # ```python
-# def shapes(config, B, T, past):
+# def predicted_shapes(config, B, T, past):
 #     H, D, S = config.num_heads, config.head_dim, past + T
 #     return dict(q=(B, H, T, D), k=(B, H, S, D), weights=(B, H, T, S), y=(B, H, T, D),
 #                 lm_head=(B, T, config.vocab_size))
@@ -264,19 +264,19 @@ with exercise("0.1"):
 # </details>
 
 # %% tags=["wrong"]
-def shapes(config, B, T, past):                            # forgets the cache
+def predicted_shapes(config, B, T, past):                            # forgets the cache
     H, D = config.num_heads, config.head_dim
     return dict(q=(B, H, T, D), k=(B, H, T, D), weights=(B, H, T, T), y=(B, H, T, D),
                 lm_head=(B, T, config.vocab_size))
 
 # %% tags=["wrong"]
-def shapes(config, B, T, past):                            # tokens before heads
+def predicted_shapes(config, B, T, past):                            # tokens before heads
     H, D, S = config.num_heads, config.head_dim, past + T
     return dict(q=(B, T, H, D), k=(B, S, H, D), weights=(B, H, T, S), y=(B, T, H, D),
                 lm_head=(B, T, config.vocab_size))
 
 # %% tags=["wrong"]
-def shapes(config, B, T, past):                            # logits for the cached tokens too
+def predicted_shapes(config, B, T, past):                            # logits for the cached tokens too
     H, D, S = config.num_heads, config.head_dim, past + T
     return dict(q=(B, H, T, D), k=(B, H, S, D), weights=(B, H, T, S), y=(B, H, T, D),
                 lm_head=(B, S, config.vocab_size))
