@@ -694,6 +694,9 @@ def run_backward(ctx, do, dm, dl):
     if torch.is_grad_enabled():
         plain = functools.partial(naive, scale=ctx.scale, window=ctx.window, key_mask=key_mask,
                                   upcast=True)
+        if key_mask is not None:                           # a query without a key gave 0
+            seen = visible(q.size(2), k.size(2), ctx.window, q.device) & key_mask[:, None, None, :]
+            do = do.masked_fill(~seen.any(-1, keepdim=True), 0.0)           # (B, 1, T, 1)
         gradients = torch.func.vjp(plain, q, k, v)[1](do)
     else:
         gradients = triton_backward(q, k, v, key_mask, m, l, do, ctx.scale, ctx.window)
@@ -708,8 +711,9 @@ def triton_attention(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0,
 
     Arguments and result are those of `attention`.  `upcast` changes nothing, since tl.dot sums in
     float32 for every dtype.  A query that may read nothing (padding) gives 0.  Raises ImportError
-    without triton, and ValueError for dropout, which the kernel does not have, and for tensors on a
-    device, of a dtype or of a head width that it does not support.
+    without triton, and ValueError for dropout, which the kernel does not have, within torch.func
+    and forward mode, where torch would return wrong tangents, and for tensors on a device, of a
+    dtype or of a head width that it does not support.
     """
     import_triton()
     if not q.is_cuda and not INTERPRETED:
@@ -717,6 +721,9 @@ def triton_attention(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0,
                          f"{q.device}; use 'sdpa', or set TRITON_INTERPRET=1 before Python starts "
                          "(slow)")
     check_tensors("triton", q, k, v, (torch.float32, torch.float16, torch.bfloat16))
+    if not torch.compiler.is_compiling() and within_transform():
+        raise ValueError("attention backend 'triton' works neither within torch.func (grad, jvp, "
+                         "vmap, ...) nor in forward mode; use 'sdpa' or 'naive'")
     if dropout:
         raise ValueError(f"attention backend 'triton' has no dropout, got {dropout}; use 'sdpa', "
                          "or set the config's attention dropout to 0")

@@ -271,6 +271,8 @@ def test_second_derivatives_are_the_definitions(padded):
     """The backward kernel has no backward of its own; the definition's takes its place."""
     q, k, v, do = tensors(torch.Generator().manual_seed(0), 2, 1, 8, 8, 16, torch.float32)
     key_mask = padding(torch.Generator().manual_seed(1), 2, 8, 8, "left") if padded else None
+    if padded:                                             # a query without a key gives 0 here
+        do = do.masked_fill(~key_mask[:, None, :, None], 0.0)
     found = []
     for backend in ("naive", "triton"):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -400,3 +402,34 @@ def test_the_interpreter_is_on_where_triton_says_so(monkeypatch, value):
     assert A.asked_to_interpret() == A.triton.knobs.runtime.interpret
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not A.asked_to_interpret()
+
+
+def test_create_graph_changes_no_gradient_of_a_query_without_a_key():
+    """Its output is 0 whatever q, k and v are, so nothing flows back from it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 1, 5, 8, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[0, 0, 1, 0, 1], [0] * 5]).bool()
+    for window in (None, 2):
+        out = A.attention(q, k, v, scale=0.5, backend="triton", key_mask=mask, window=window)
+        do = torch.randn_like(out)
+        first = torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+        for a, b in zip(first, torch.autograd.grad(out, (q, k, v), do, create_graph=True)):
+            torch.testing.assert_close(a, b)
+
+
+def test_functional_transforms_and_forward_mode_are_refused():
+    """jvp returned a tangent of zeros without a word."""
+    q, k, v = (torch.randn(1, 1, 3, 8) for _ in range(3))
+
+    def f(q):
+        return A.attention(q, k, v, scale=0.5, backend="triton")
+
+    for call in (lambda: torch.func.jvp(f, (q,), (q,)), lambda: torch.func.grad(lambda q: f(q).sum())(q),
+                 lambda: forward(f, q)):
+        with pytest.raises(ValueError, match="torch.func"):
+            call()
+
+
+def forward(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(x, x))
