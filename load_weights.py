@@ -556,6 +556,9 @@ def save_pretrained(model, folder):
     if model.shares > 1:
         raise ValueError(f"this process has only a part of the weights, which {model.shares} "
                          "processes share: save from a model that is loaded whole")
+    if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise ValueError(f"{len(empty)} tensors have no values (device meta), among them "
+                         f"{empty[0]}: load the weights before saving")
     kind, quantized = quantize.kind_of(model), {}
     if kind:
         quantized = {"quantization_config": quantize.description(kind)}
@@ -604,9 +607,6 @@ def official_state(model):
     """{checkpoint name: tensor} as in transformers: no tied head, no prefix on a base model."""
     table = NAMES[model.config.model_type]
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if empty := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(f"{len(empty)} tensors have no values (device meta), among them "
-                         f"{empty[0]}: load the weights before saving")
     if not hasattr(model, "transformer"):
         named = official_names({f"transformer.{name}": tensor for name, tensor in state.items()},
                                table)
