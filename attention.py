@@ -58,7 +58,7 @@ def visible(T, S, window=None, device=None):
 
 def at_least_float32(dtype):
     """float16 and bfloat16 -> float32; float32 and float64 stay."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def naive(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=False,

@@ -38,7 +38,7 @@ class Listing(Code):
 def show(*objects):
     """Show the source of classes, functions or methods of the project, each below a link to its lines."""
     for shown in objects:
-        shown = getattr(shown, "fn", shown)                # a Triton kernel wraps its function
+        shown = inspect.unwrap(getattr(shown, "fn", shown))    # a Triton kernel and decorators wrap it
         lines, first = inspect.getsourcelines(shown)
         path = Path(inspect.getsourcefile(shown)).resolve()
         first, name = max(first, 1), path.relative_to(HERE.parent).as_posix()

@@ -69,7 +69,8 @@ SLIDERS = {
         (dict(log_rate=0.0), ["rate 1", lambda axes: axes[0].lines[1].get_ydata()[-1] > 2]),
     ],
 }
-SLOW_SLIDERS = {("6_finetuning", "rate_slider")}           # they need the states of 840 passages
+# They run half of their notebook first: the states of 840 passages, a dozen traces, a text of 500 tokens.
+SLOW_SLIDERS = {("6_finetuning", "rate_slider"), ("4_weights_and_equivalence", "mistake_at"), ("5_sampling", "candidates_slider")}
 
 
 def lasting(axes):
@@ -273,6 +274,19 @@ def test_claims_are_held(name):
         elif not re.fullmatch(r"https?://\S+", holder):
             held = [c for c in code(notebook) if c.source.splitlines()[0].strip() == holder]
             assert any(re.search(r"\bassert|\bsame\(", c.source) for c in held), f"no cell with an assert begins with {holder}"
+
+
+@notebooks
+def test_shown_code_is_the_code(name):
+    """What `show` printed still stands in the file to which its link leads; otherwise: make notebooks."""
+    for cell in code(committed(name)):
+        outputs = [output.get("data", {}) for output in cell.outputs]
+        for link, listing in zip(outputs, outputs[1:]):
+            found = re.fullmatch(r"\[(\S+), lines \d+ to \d+\]\(\S+\)", link.get("text/markdown", ""))
+            if found:
+                lines = [line.strip() for line in listing["text/plain"].splitlines()]
+                file = [line.strip() for line in (ROOT / found[1]).read_text(encoding="utf-8").splitlines()]
+                assert any(file[i:i + len(lines)] == lines for i in range(len(file))), (found[0], "make notebooks")
 
 
 @converted
