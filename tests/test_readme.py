@@ -202,7 +202,7 @@ def test_demo_checkpoints():
             assert 4 * config["window_size"] <= config["max_position_embeddings"]
 
 
-@pytest.mark.parametrize("name", ["demo-neo", "demo-neox"])
+@pytest.mark.parametrize("name", ["demo-neo", "demo-neox", "demo-induction"])
 def test_demo_tokenizers_are_official_files(name):
     """transformers reads them unchanged and gives the same ids, and the text comes back."""
     folder = ROOT / "checkpoints" / name
