@@ -182,11 +182,12 @@ def our_kernel_wins(q, k, v, dropout, upcast):
 
 def check_shapes(q, k, v, window, key_mask):
     """Raise ValueError, with the shapes, for tensors or a window that fit no backend."""
-    fits = (q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2]
-            and q.size(-1) == k.size(-1) and 1 <= q.size(-2) <= k.size(-2))
+    query, key = q.shape, k.shape
+    fits = (len(query) == len(key) == 4 and key == v.shape and query[:2] == key[:2]
+            and query[3] == key[3] and 1 <= query[2] <= key[2])
     if not fits:
         raise ValueError("attention needs q (B, H, T, D) and k, v (B, H, S, D) with 1 <= T <= S, "
-                         f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+                         f"got q {tuple(query)}, k {tuple(key)}, v {tuple(v.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the query itself), got {window}")
     if key_mask is not None and (key_mask.dtype != torch.bool
