@@ -346,14 +346,14 @@ def name_mistakes(report, model, ids, saved, config):
     alone would give these numbers, and not all of them together.  told_apart_at: N, where the ids
     of `--ids --lengths N` would tell alternatives apart.
     """
-    found = []
+    explanations = []
     if not report["same"] and model.dtype == torch.float32:
-        found = diagnose(model, ids, saved, report["tolerance"])
+        explanations = diagnose(model, ids, saved, report["tolerance"])
     longest = min(config.position_limit or 2048, 2048)
     longer = (make_ids(0, 1, T, config.vocab_size) for T in (16, 64, 256, 520, longest)
               if T <= longest)
-    text = told_apart(model, found, longer) if len(found) > 1 else None
-    return {"mistakes": as_dicts(found), "alternatives": len(found) > 1,
+    text = told_apart(model, explanations, longer) if len(explanations) > 1 else None
+    return {"mistakes": as_dicts(explanations), "alternatives": len(explanations) > 1,
             "told_apart_at": None if text is None else text.size(1)}
 
 
@@ -455,7 +455,7 @@ def advice(report):
     if not report.get("mistakes"):
         if report["rows_saved_by_port"]:
             yield "none of the known mistakes gives these numbers"
-        yield f"look at: {report['hint']}"
+        yield f"hint: {report['hint']}"
         return
     yield from explained(report["mistakes"])
     if report["alternatives"]:

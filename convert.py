@@ -108,11 +108,11 @@ class Source:
 
 def beside(name_or_folder, revision):
     """{file name: contents} of tokenizer and generation settings, as far as they are there."""
-    found = {}
+    files = {}
     for name, new in BESIDE.items():
         if path := fetch(name_or_folder, name, revision, required=False):
-            found[new] = path.read_bytes()
-    return found
+            files[new] = path.read_bytes()
+    return files
 
 
 # ------------------------------------------------------------------------------------------------

@@ -431,34 +431,44 @@ def explained(mistakes):
 # ------------------------------------------------------------------------------------------------
 
 HINTS = {
-    "finite": "numbers that are not finite: an overflow (float16 ends at 65504), or -inf as the "
-              "mask of a row that may read nothing",
-    "rounding": "rounding: the same function in another order of operations",
-    "small": "too little for a wrong matrix: tanh or exact GELU (config.json names it), "
-             "LayerNorm's eps",
-    "precision": "too little for a wrong rule, and position 0 is right: rotary angles, scores or "
-                 "softmax in half precision",
-    "window": "the window: query i reads keys j with 0 <= i - j < window: itself and window - 1 "
-              "before",
-    "order": "the order of the layers: this one is global, and seems to have a window",
-    "weights": "the weights of this layer: one before it, computed alike, is right",
-    "final norm": "the final norm: weight, bias, eps",
-    "last block": "the final norm: weight, bias, eps; or the last block, which has no row here",
-    "logits": "the head: tied to the embedding or not, no bias",
-    "no rows": "save hidden_states as well, to see where it begins",
-    "gradient": "forward is right, backward is not: the labels' shift by one, the mean, a detach",
+    "finite": "Some numbers are not finite. Look for an overflow (float16 ends at 65504), and for "
+              "a row of the mask in which every key is -inf.",
+    "rounding": "The difference is rounding: the same function is computed in another order of "
+                "operations.",
+    "small": "The difference is too small for a wrong matrix. Check that the GELU is the one that "
+             "config.json names (tanh or exact), and LayerNorm's epsilon.",
+    "precision": "The difference is too small for a wrong rule, and position 0 is right. Check "
+                 "that rotary angles, scores and softmax are not computed in half precision.",
+    "window": "Check the window: query i reads the keys j with 0 <= i - j < window, which are its "
+              "own and the window - 1 before it.",
+    "order": "Check the order of the layers: this layer is global and seems to have a window.",
+    "weights": "Check the weights of this layer: an earlier layer that is computed in the same "
+               "way is right.",
+    "final norm": "Check the weight, the bias and the epsilon of the final norm.",
+    "last block": "Check the weight, the bias and the epsilon of the final norm, and the last "
+                  "block, whose result is not in the file.",
+    "logits": "Check the head: config.json says whether it is tied to the embedding, and it has "
+              "no bias.",
+    "no rows": "Save the hidden states as well, which show where the difference begins.",
+    "gradient": "The forward pass is right and the gradients are wrong. Check that the labels are "
+                "shifted by one, that the loss is a mean, and that nothing is detached.",
     "gpt_neo": {
-        "embeddings": "token + position embedding, positions from 0, no factor",
-        "scores": "the scores, since position 0 is right: GPT-Neo has no 1/sqrt(D); the causal "
-                  "mask; q and k",
-        "block": "wrong at position 0 too, so not the scores: LayerNorms, v and out_proj "
-                 "(transposed?), biases, GELU; x + attn(ln_1(x)), then x + mlp(ln_2(x))"},
+        "embeddings": "Check that this is token embedding + position embedding, with positions "
+                      "from 0 and without a factor.",
+        "scores": "Position 0 is right, so check the attention scores: GPT-Neo does not divide "
+                  "them by sqrt(D). Then check the causal mask, and q and k.",
+        "block": "Position 0 is wrong too, so the scores are not the cause. Check the LayerNorms, "
+                 "v and out_proj (are they transposed?), the biases, GELU, and the residuals: "
+                 "x + attn(ln_1(x)), then x + mlp(ln_2(x))."},
     "gpt_neox": {
-        "embeddings": "the token embedding alone: no positions, no factor",
-        "scores": "the scores, since position 0 is right: rotary on the first rotary_pct of each "
-                  "head, in halves and not neighbours; 1/sqrt(D); the causal mask",
-        "block": "wrong at position 0 too, so not the rotation: QKV is cut by head first, then in "
-                 "q, k, v; two LayerNorms, one for each branch; parallel residual; GELU"}}
+        "embeddings": "Check that this is the token embedding alone, without positions and "
+                      "without a factor.",
+        "scores": "Position 0 is right, so check the attention scores: only the first rotary_pct "
+                  "of each head is rotated, in pairs (i, i + R/2) and not of neighbours, and the "
+                  "scores are divided by sqrt(D). Then check the causal mask.",
+        "block": "Position 0 is wrong too, so the rotation is not the cause. Check that "
+                 "query_key_value is cut by heads first and then into q, k and v, that attention "
+                 "and MLP each have their own LayerNorm, the parallel residual, and GELU."}}
 
 
 def finite(x):

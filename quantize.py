@@ -5,21 +5,23 @@
 
     N  rows of a matrix, outputs of the layer · K  columns, its inputs · G  groups of a row
 
-Writing one token reads every weight once, so fewer bits a weight mean less memory and more tokens a
-second.  The numbers of a group lie between its least number, `zero`, and its greatest; that range is
-cut into 255 steps (int8) or 15 (int4), and each number is rounded to the nearest:
+Generating one token reads every weight once, so fewer bits a weight mean less memory and more
+tokens a second.  The numbers of a group lie between its least number, `zero`, and its greatest.
+This range is cut into 255 steps (int8) or 15 (int4), and each number is rounded to the nearest one:
 
     weight = zero + scale * integer          0 <= integer <= 255 or 15
 
-A group is a whole row in int8 and 64 columns of a row in int4, where one number that is far from the
-others would spoil the steps of all.  No data is needed for it, and what is lost is in the README.
+A group is a whole row in int8 and 64 columns of a row in int4.  int4 needs the smaller groups,
+because one number that is far from the others makes the steps of its whole group coarse.
+Quantizing needs no data.  The README says how much accuracy is lost.
 
-What becomes integers: every matrix of the blocks, and the output head.  A head that is tied to the
-embedding becomes integers too, beside the embedding, which stays as it is: the head reads all its rows
-for each token, the embedding reads one.  Biases, LayerNorms and task heads stay as they are.
+What becomes integers: every matrix of the blocks, and the output head.  If the head is tied to the
+embedding, the head alone becomes integers and the embedding stays as it is, because for each token
+the head reads all its rows and the embedding only one.  Biases, LayerNorms and task heads
+also stay as they are.
 
-`quantize` and `dequantize` say what the integers mean, and QuantizedLinear.definition is a linear layer
-made of them.  `few_rows` computes the same for one new token without the matrix ever being unpacked.
+`quantize` and `dequantize` say what the integers mean, and QuantizedLinear.definition is a linear
+layer made of them.  `few_rows` computes the same for one new token, without unpacking the matrix.
 """
 
 from pathlib import Path
@@ -33,17 +35,19 @@ from files import shown
 BITS = {"int8": 8, "int4": 4}
 PAIR = {"int8": torch.int16, "int4": torch.int8}        # two integers side by side
 GROUP = {"int8": None, "int4": 64}      # columns that share scale and zero; None: a whole row
-LANES = 16                              # rows whose words lie side by side: one load of AVX-512, two of AVX2
-SLICE = 2**19                           # about so many numbers are packed or unpacked at once
-FEW = 4                                 # with at most so many rows of x, few_rows is the faster form
+LANES = 16              # the words of 16 rows lie side by side: one load of AVX-512, two of AVX2
+SLICE = 2**19           # about this many numbers are packed or unpacked at once
+FEW = 4                 # few_rows is faster if x has at most this many rows
 PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}
 METHOD = "words-of-gpt-neo-and-neox-from-scratch"      # `quant_method` in config.json
-FILE = "quantized.safetensors"          # not model.safetensors, so that transformers refuses the folder
+FILE = "quantized.safetensors"      # not model.safetensors, so that transformers refuses the folder
 
-# Half precision that this processor has no instructions for.  torch's product of a prompt takes 4 to 20 times
-# as long in it as in float32, so there the definition multiplies in float32.
-INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-SLOW = {dtype for dtype, name in INSTRUCTIONS.items() if not getattr(torch.ops.mkldnn, name, bool)()}
+# The half-precision dtypes that this processor has no instructions for.  In those, torch's matrix
+# product of a prompt takes 4 to 20 times as long as in float32, so the definition uses float32.
+INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported",
+                torch.float16: "_is_mkldnn_fp16_supported"}
+SLOW = {dtype for dtype, name in INSTRUCTIONS.items()
+        if not getattr(torch.ops.mkldnn, name, bool)()}
 
 # ------------------------------------------------------------------------------------------------
 # What the integers mean
@@ -64,10 +68,11 @@ def quantize(weight, kind):
     parts = [torch.empty(shape, dtype=dtype, device=where)
              for shape, dtype in zip(shapes(N, K, kind), PARTS.values())]
     step = rows_at_once(K)
-    for start in range(0, N, step):        # written where they stay: joined afterwards they would be twice in memory
+    # Each slice is written to its place, because joining them afterwards needs twice the memory.
+    for start in range(0, N, step):
         rows = weight.detach()[start:start + step].float()
-        for part, found in zip(parts, quantize_slice(rows, kind)):
-            part[start // LANES:][:len(found)] = found
+        for part, piece in zip(parts, quantize_slice(rows, kind)):
+            part[start // LANES:][:len(piece)] = piece
     return parts
 
 
@@ -80,12 +85,15 @@ def shapes(N, K, kind):
 
 
 def rows_at_once(K):
-    """Rows of K numbers that fit into the processor's cache, a multiple of 16: 672 of 768, 64 of 24576."""
+    """How many rows of K numbers fit into the processor's cache, a multiple of 16.
+
+    672 rows for K = 768, 64 for K = 24576.
+    """
     return max(4 * LANES, SLICE // K // LANES * LANES)
 
 
 def quantize_slice(w, kind):
-    """quantize for float32 w (n, K), of so few rows that what is computed stays small."""
+    """`quantize` for a few rows w (n, K) in float32, so that the tensors in between stay small."""
     bits, levels = BITS[kind], 2 ** BITS[kind] - 1
     N, K = w.shape
     group = GROUP[kind] or K + -K % (32 // bits)
@@ -96,7 +104,8 @@ def quantize_slice(w, kind):
     w = w.view(-1, LANES, w.size(1) // group, group)                           # (b, 16, G, group)
     zero, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     if not (high - zero).isfinite().all():
-        raise ValueError("it holds infinities, NaN or numbers beyond float32, which integers cannot stand for")
+        raise ValueError("it holds infinities, NaN or numbers beyond float32, which integers "
+                         "cannot stand for")
     scale = (high - zero) / levels
     q = (w - zero).div_(scale.masked_fill(scale == 0, 1)).round_().clamp_(0, levels)
     pairs = q.flatten(2).to(torch.int16).view(torch.int32)         # two integers, 16 bits apart
@@ -105,9 +114,10 @@ def quantize_slice(w, kind):
 
 
 def dequantize(words, scale, zero, shape, kind, dtype=torch.float32):
-    """The matrix of this shape (N, K) that the integers stand for: quantize backwards."""
+    """The matrix of this shape (N, K) that the integers stand for: the inverse of `quantize`."""
     bits, (N, K) = BITS[kind], shape
-    words, scale, zero = (x.transpose(0, 1).flatten(1) for x in (words, scale, zero))  # (words or G, N)
+    words, scale, zero = (x.transpose(0, 1).flatten(1)                         # (words or G, N)
+                          for x in (words, scale, zero))
     places = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)[:, None]
     q = (words[:, None] >> places).bitwise_and_(2 ** bits - 1)                 # (words, per, N)
     w = torch.addcmul(zero[:, None], q.view(len(scale), -1, q.size(-1)).float(), scale[:, None])
@@ -123,31 +133,32 @@ def few_rows(x, words, scale, zero, kind):
 
         y_n = sum over groups of ( scale * sum of integer * x  +  zero * sum of x )
 
-    torch's compiler makes one loop of this, which loads the words of 16 rows at once, takes each
-    integer out, converts it and multiplies.  To take it out by a shift and a mask are two steps.  The
-    mask alone leaves the integer times a power of two, so x is divided by that power beforehand, which
-    is exact.  Only the highest place needs the shift, because there a mask would touch the sign.
+    torch's compiler makes one loop of this: it loads the words of 16 rows at once, takes each
+    integer out, converts it and multiplies.  Taking an integer out with a shift and a mask would be
+    two steps.  The mask alone gives the integer times a power of two, so x is divided by that power
+    beforehand, which is exact.  Only the highest place is shifted: a mask would touch its sign.
     """
     bits = BITS[kind]
     per, mask = 32 // bits, 2 ** bits - 1
-    x = F.pad(x.float(), (0, per * words.size(1) - x.size(1))).view(len(x), -1, per)       # (rows, words, per)
-    sums = once(x.reshape(len(x), scale.size(1), -1).sum(-1))                               # (rows, G)
+    x = F.pad(x.float(), (0, per * words.size(1) - x.size(1)))
+    x = x.view(len(x), -1, per)                                                # (rows, words, per)
+    sums = once(x.reshape(len(x), scale.size(1), -1).sum(-1))                  # (rows, G)
     powers = [2.0 ** (-bits * place) for place in range(per - 1)] + [1.0]
     x = once(x * torch.tensor(powers, device=x.device))
     taken = [(words & mask << bits * place).float() for place in range(per - 1)]
-    taken.append((words >> 32 - bits & mask).float())                          # each (N/16, words, 16)
-    found = []
+    taken.append((words >> 32 - bits & mask).float())                      # each (N/16, words, 16)
+    outputs = []
     for row, total in zip(x, sums):
         y = 0
-        for four in range(0, per, 4):          # of more places at once the compiler would store the products
+        for four in range(0, per, 4):      # with more places the compiler would store the products
             products = sum(taken[place] * row[:, place, None] for place in range(four, four + 4))
-            y = y + products.view(len(words), scale.size(1), -1, LANES).sum(2)             # (N/16, G, 16)
-        found.append((y * scale + zero * total[:, None]).sum(1).flatten())
-    return torch.stack(found)
+            y = y + products.view(len(words), scale.size(1), -1, LANES).sum(2)     # (N/16, G, 16)
+        outputs.append((y * scale + zero * total[:, None]).sum(1).flatten())
+    return torch.stack(outputs)
 
 
 def once(x):
-    """x itself; the compiler must finish it, and not compute it again for every row of the matrix."""
+    """x itself.  The compiler computes it only once, and not again for every row of the matrix."""
     return x.as_strided(x.shape, x.stride())
 
 
@@ -163,11 +174,12 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
         for (name, part), shape in zip(PARTS.items(), shapes(out_features, in_features, kind)):
             self.register_buffer(name, torch.empty(shape, dtype=part, device=device))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if values is None else nn.Parameter(values)
 
     @classmethod
     def of(cls, linear, kind):
-        """The same layer as an nn.Linear, rounded."""
+        """The layer that an nn.Linear becomes when its matrix is rounded."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, kind,
                     linear.weight.dtype, linear.weight.device)
         layer.bias = linear.bias
@@ -176,7 +188,10 @@ class QuantizedLinear(nn.Module):
         return layer
 
     def dequantize(self, dtype=torch.float32, rows=slice(None)):
-        """The matrix (N, K) that is multiplied by, or those of its rows; `rows` begins at a multiple of 16."""
+        """The matrix (N, K) that the integers stand for, or the given rows of it.
+
+        `rows` must begin at a multiple of 16.
+        """
         start, stop, _ = rows.indices(self.out_features)
         blocks = slice(start // LANES, -(-stop // LANES))
         return dequantize(self.words[blocks], self.scale[blocks], self.zero[blocks],
@@ -193,17 +208,18 @@ class QuantizedLinear(nn.Module):
 
     def definition(self, x):
         """A few rows of the matrix at a time, so that they stay in the processor's cache."""
-        step = self.out_features if torch.compiler.is_compiling() else rows_at_once(self.in_features)
+        compiling = torch.compiler.is_compiling()
+        step = self.out_features if compiling else rows_at_once(self.in_features)
         dtype = torch.float32 if x.device.type == "cpu" and x.dtype in SLOW else x.dtype
-        found = []
+        outputs = []
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
             bias = None if self.bias is None else self.bias[rows].to(dtype)
-            found.append(F.linear(x.to(dtype), self.dequantize(dtype, rows), bias))
-        return torch.cat(found, -1).to(x.dtype)
+            outputs.append(F.linear(x.to(dtype), self.dequantize(dtype, rows), bias))
+        return torch.cat(outputs, -1).to(x.dtype)
 
     def _apply(self, function, recurse=True):
-        """What .half() and .to(dtype) call: scale and zero follow to another device, never to another dtype."""
+        """What .half() and .to(dtype) call: scale and zero change device, but never dtype."""
         kept = self.scale, self.zero
         super()._apply(function, recurse)
         if self.scale.dtype != torch.float32:
@@ -220,7 +236,7 @@ class QuantizedLinear(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 def replace_layers(model, kind):
-    """Put a QuantizedLinear in the place of every linear layer of the blocks and of the output head.
+    """Replace every linear layer of the blocks, and the output head, by a QuantizedLinear.
 
     Returns {name: new layer}.
     """
@@ -233,7 +249,8 @@ def replace_layers(model, kind):
 
 def kind_of(model):
     """ "int8" or "int4" for a quantized model, else None."""
-    return next((layer.kind for layer in model.modules() if isinstance(layer, QuantizedLinear)), None)
+    layers = (layer for layer in model.modules() if isinstance(layer, QuantizedLinear))
+    return next((layer.kind for layer in layers), None)
 
 
 def description(kind):
@@ -242,29 +259,32 @@ def description(kind):
 
 
 def what_to_load(raw, asked):
-    """For from_pretrained(weights=asked): (kind, is it stored so, config.json without quantization_config).
+    """For from_pretrained(weights=asked): (kind, stored, raw without quantization_config).
 
+    raw is config.json as a dict; stored is True if the files hold the integers themselves.
     Raises ValueError for a kind that does not exist and for one that the files do not have.
     """
     if asked not in (None, *BITS):
-        raise ValueError(f"weights must be {' or '.join(BITS)}, or None for those of the checkpoint, "
-                         f"got {shown(asked)}")
+        raise ValueError(f"weights must be {' or '.join(BITS)}, or None for those of the "
+                         f"checkpoint, got {shown(asked)}")
     stored = raw.get("quantization_config")
     if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
         return asked, False, raw                           # configs.py refuses any other method
     kind = stored.get("weights")
     if kind not in BITS or stored != description(kind):
-        raise ValueError(f"config field 'quantization_config' is {shown(stored)}; supported is what "
-                         f"save_pretrained writes, such as {description('int4')}")
+        raise ValueError(f"config field 'quantization_config' is {shown(stored)}; supported is "
+                         f"what save_pretrained writes, such as {description('int4')}")
     if asked not in (None, kind):
-        raise ValueError(f"weights={asked!r}, but this checkpoint was saved as {kind}: take the one that it "
-                         "was made from")
-    return kind, True, {name: value for name, value in raw.items() if name != "quantization_config"}
+        raise ValueError(f"weights={asked!r}, but this checkpoint was saved as {kind}: take the "
+                         "one that it was made from")
+    return kind, True, {key: value for key, value in raw.items() if key != "quantization_config"}
 
 
 def check_folder(folder, names):
-    """Raise ValueError where a quantized model would be saved beside other weights, since transformers would
-    read those in its place."""
+    """Raise ValueError if the folder already has other weights.
+
+    A quantized model is not saved beside them, because transformers would read those instead.
+    """
     if found := [name for name in names if (Path(folder) / name).exists()]:
-        raise ValueError(f"{folder} has {found[0]}, which other programs would read in place of the quantized "
-                         "weights: save into another folder")
+        raise ValueError(f"{folder} has {found[0]}, which other programs would read in place of "
+                         "the quantized weights: save into another folder")

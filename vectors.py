@@ -262,19 +262,19 @@ def read_array(path):
 
 def read_answers(folder):
     """{name: tensor without the batch dimension, or a sentence that says why there is none}."""
-    found = {}
+    answers = {}
     if (path := folder / "answers.safetensors").exists():
         try:
-            found |= dict(read_tensors(path))
+            answers |= dict(read_tensors(path))
         except (ValueError, OSError) as error:
-            found["answers.safetensors"] = f"{plain(path, 1000)}: {error_line(error)}"
+            answers["answers.safetensors"] = f"{plain(path, 1000)}: {error_line(error)}"
     for path in sorted(folder.glob("*.npy")):
         try:
-            found[path.stem] = read_array(path)
+            answers[path.stem] = read_array(path)
         except ValueError as error:
-            found[path.stem] = str(error)
+            answers[path.stem] = str(error)
     return {name: x[0] if torch.is_tensor(x) and x.dim() > 1 and len(x) == 1 else x
-            for name, x in found.items()}
+            for name, x in answers.items()}
 
 
 def read_right(folder):

@@ -67,9 +67,9 @@ def errors(backend, tensors, backward, **how):
     """
     head = [x[:1, :1] for x in tensors]
     truth = results("naive", [x.double() for x in head], backward, **how)
-    found = [x[:1, :1] for x in results(backend, tensors, backward, **how)]
+    computed = [x[:1, :1] for x in results(backend, tensors, backward, **how)]
     return [[((x.double() - true).norm() / true.norm()).item() for x, true in zip(some, truth)]
-            for some in (found, results("naive", head, backward, **how))]
+            for some in (computed, results("naive", head, backward, **how))]
 
 
 def milliseconds(function, device, least=5, seconds=1.0):
@@ -146,11 +146,11 @@ def table(layer, backward, lengths, heads, head_dim, window, dtype, device):
     for T in lengths:
         torch.compiler.reset()                             # FlexAttention: for each length anew
         tensors = inputs(1, heads, T, head_dim, dtype, device)
-        found = {name: measure(name, *tensors, backward, **how) for name in BACKENDS}
-        cells = (f"{x:.3f}" if isinstance(x, float) else "–" for x in found.values())
+        measured = {name: measure(name, *tensors, backward, **how) for name in BACKENDS}
+        cells = (f"{x:.3f}" if isinstance(x, float) else "–" for x in measured.values())
         print(f"| {T} | " + " | ".join(cells) + " |", flush=True)
-        reasons |= {name: why for name, why in found.items() if isinstance(why, str)}
-        rows.append(dict(layer=layer, backward=backward, T=T, milliseconds=found))
+        reasons |= {name: why for name, why in measured.items() if isinstance(why, str)}
+        rows.append(dict(layer=layer, backward=backward, T=T, milliseconds=measured))
     for name, why in reasons.items():
         print(f"{name}: {why}")
     return rows

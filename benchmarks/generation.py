@@ -156,8 +156,8 @@ def batch(model, dtype, rounds, new_tokens):
         print(f"\n{new_tokens} new tokens after prompts of 4 to 64, {model} shape, "
               f"{name_of(dtype)}: tokens/s of all rows")
         print("| rows | " + " | ".join(players) + " |\n|---|" + "---|" * len(players))
-        for B, found in figures.items():
-            cells = (f"{statistics.median(B / x for x in found[name]):.0f}" for name in players)
+        for B, times in figures.items():
+            cells = (f"{statistics.median(B / x for x in times[name]):.0f}" for name in players)
             print(f"| {B} | " + " | ".join(cells) + " |")
     return figures
 
@@ -216,9 +216,9 @@ def memory(model, dtype):
 
 def ceilings():
     """The two speeds behind the floors, and the product of one row and of 16 in each form."""
-    found = {"read bandwidth, GB/s": bandwidth() / 1e9}
+    result = {"read bandwidth, GB/s": bandwidth() / 1e9}
     for dtype in (torch.float32, torch.bfloat16):
-        found[f"matrix product, {name_of(dtype)}, GFLOP/s"] = matrix_rate(dtype) / 1e9
+        result[f"matrix product, {name_of(dtype)}, GFLOP/s"] = matrix_rate(dtype) / 1e9
         # more than any cache holds
         weights = [torch.randn(3072, 768).to(dtype) for _ in range(40)]
         for rows, title, function in ((1, "torch's linear", torch.nn.functional.linear),
@@ -230,17 +230,17 @@ def ceilings():
             function(x, weights[0])
             best = min(seconds(lambda: [function(x, w) for w in weights])() for _ in range(7))
             what = f"{rows} row{'s' * (rows > 1)}, {title}, {name_of(dtype)}, GB/s"
-            found[what] = sum(w.nbytes for w in weights) / best / 1e9
-    found |= {f"1 row, {kind}, compiled, 10⁹ weights a second": rate
-              for kind, rate in packed_rates()}
-    for name, value in found.items():
+            result[what] = sum(w.nbytes for w in weights) / best / 1e9
+    result |= {f"1 row, {kind}, compiled, 10⁹ weights a second": rate
+               for kind, rate in packed_rates()}
+    for name, value in result.items():
         print(f"  {name:55s} {value:7.1f}")
-    return found
+    return result
 
 
 @torch.no_grad()
 def packed_rates():
-    """For each kind of integers: how many weights a matrix times one row takes, in 10⁹ a second."""
+    """For each kind of integers: 10⁹ weights a second of a matrix times one row."""
     x = torch.randn(1, 768)
     for kind in BITS:
         layers = [QuantizedLinear(768, 3072, False, kind) for _ in range(40)]

@@ -175,12 +175,12 @@ def check_backend(case, device, sizes):
     how = (dtype, D, upcast, device, sizes)
     need_gpu(backend, device)
     try:
-        found = errors(backend, *how)
+        measured = errors(backend, *how)
     except (ImportError, ValueError) as error:             # missing, or not made for this call
         if isinstance(error, ValueError) and backend != "flash":
             raise
         raise CannotRun(f"{backend}: {error_line(error)}") from error
-    ratios = [a / b for a, b in zip(found, errors("naive", *how))]
+    ratios = [a / b for a, b in zip(measured, errors("naive", *how))]
     title = f"{backend} {name_of(dtype)} D={D} {'GPT-Neo' if upcast else 'GPT-NeoX'}"
     on_gpu = backend == "sdpa" and dtype == torch.float32 and device != "cpu"
     forward, gradients = SDPA_FLOAT32_ON_GPU if on_gpu else LIMITS[backend]
@@ -245,11 +245,11 @@ def logits_and_gradients(family, backend, dtype, device, sizes):
     ids, mask = (x.to(device) for x in prompt(sizes))
     # no loss for padding, nor for the first token, which padding would predict
     out = model(ids, mask, labels=ids.masked_fill(mask.cumsum(1) <= 1, -100))
-    found = [out.logits[mask.bool()]]
+    result = [out.logits[mask.bool()]]
     if dtype.itemsize >= 4:
         out.loss.backward()
-        found += [torch.cat([p.grad.flatten() for p in model.parameters()])]
-    return [x.detach().double().cpu() for x in found]
+        result += [torch.cat([p.grad.flatten() for p in model.parameters()])]
+    return [x.detach().double().cpu() for x in result]
 
 
 @functools.lru_cache(maxsize=None)
@@ -264,23 +264,23 @@ def model_errors(family, backend, dtype, device, sizes):
     In half precision most of the error is of the weights' own rounding, and that is the
     definition's too.
     """
-    found = logits_and_gradients(family, backend, dtype, device, sizes)
+    computed = logits_and_gradients(family, backend, dtype, device, sizes)
     return [((x - true).norm() / true.norm()).item()
-            for x, true in zip(found, model_truth(family, sizes))]
+            for x, true in zip(computed, model_truth(family, sizes))]
 
 
 def check_model(case, device, sizes):
     family, backend, dtype = case
     need_gpu(backend, device)
     try:
-        found = model_errors(family, backend, dtype, device, sizes)
+        measured = model_errors(family, backend, dtype, device, sizes)
     except (ImportError, ValueError) as error:
         if isinstance(error, ValueError) and backend != "flash":
             raise
         raise CannotRun(f"{backend}: {error_line(error)}") from error
     bound = model_errors(family, "naive", dtype, device, sizes)
     return [row(f"{family} {backend} {name_of(dtype)} {what}", a / b, limit) for what, a, b, limit
-            in zip(("logits", "gradients"), found, bound, LIMITS[backend])]
+            in zip(("logits", "gradients"), measured, bound, LIMITS[backend])]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -389,17 +389,17 @@ def check_training(case, device, sizes):
                 init = ("--init", str(ROOT / "checkpoints" / "demo-neo"))
                 expected = run("whole", device, *init)
                 run("parts", device, *init, stop_after=sizes.steps // 2)
-                found, limit = run("parts", device, *init), 1e-4
+                losses, limit = run("parts", device, *init), 1e-4
             else:
                 init, half = ("--init", without_dropout(folder)), case == "bfloat16"
                 expected = run("cpu", "cpu", *init)
-                found = run("device", device, *init, *(["--dtype", "bfloat16"] if half else []))
+                losses = run("device", device, *init, *(["--dtype", "bfloat16"] if half else []))
                 limit = 1e-2 if half else 1e-4
         except ImportError as error:
             raise CannotRun(f"train.py: {error_line(error)}") from error
-    if len(found) != len(expected):
-        raise RuntimeError(f"{len(found)} losses where {len(expected)} were expected")
-    figure = max(abs(a - b) / abs(b) for a, b in zip(found, expected))
+    if len(losses) != len(expected):
+        raise RuntimeError(f"{len(losses)} losses where {len(expected)} were expected")
+    figure = max(abs(a - b) / abs(b) for a, b in zip(losses, expected))
     return [row(f"train.py {case}, relative difference of losses", figure, limit)]
 
 

@@ -51,9 +51,9 @@ def markdown(report):
 
 def reasons(report):
     """A line for each reason why cases cannot run, with their number."""
-    found = Counter((part["name"], x["reason"]) for part in report["parts"]
-                    for x in part["cannot_run"])
-    return [f"{name}, {n} case{'s' * (n > 1)}: {reason}" for (name, reason), n in found.items()]
+    counts = Counter((part["name"], x["reason"]) for part in report["parts"]
+                     for x in part["cannot_run"])
+    return [f"{name}, {n} case{'s' * (n > 1)}: {reason}" for (name, reason), n in counts.items()]
 
 
 def listing(title, lines):
@@ -95,10 +95,10 @@ def whole_models(report):
 
 def timing_tables(report):
     """A table for each layer and direction, with the shares of bandwidth and matrix speed."""
-    found, speed = timings(report), report["speed"]
-    for layer, backward in sorted({(x["layer"], x["backward"]) for x in found},
+    measured, speed = timings(report), report["speed"]
+    for layer, backward in sorted({(x["layer"], x["backward"]) for x in measured},
                                   key=lambda x: (x[1], x[0])):
-        rows = [x for x in found if (x["layer"], x["backward"]) == (layer, backward)]
+        rows = [x for x in measured if (x["layer"], x["backward"]) == (layer, backward)]
         names = list(dict.fromkeys(x["backend"] for x in rows))
         yield (f"\n## {layer} layer, {'forward and backward' if backward else 'forward'}: "
                f"milliseconds (share of the bandwidth / of the matrix speed), {rows[0]['dtype']}\n")

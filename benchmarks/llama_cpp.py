@@ -151,7 +151,7 @@ PAIRS = {"int8": "Q8_0", "int4": "Q4_0"}
 
 def bits(rounds, contexts, new_tokens):
     """pythia-160m's shape, compiled, with int8 and int4 beside llama.cpp's q8_0 and q4_0."""
-    found = {}
+    result = {}
     with tempfile.TemporaryDirectory() as folder:
         write("pythia-160m", folder)
         players = {kind: Ours(folder, torch.float32, compile=True, weights=kind) for kind in PAIRS}
@@ -160,11 +160,11 @@ def bits(rounds, contexts, new_tokens):
             ids = torch.randint(1, 50000, (1, context), generator=torch.Generator().manual_seed(0))
             for player in players.values():
                 player.fill_cache(ids, new_tokens)
-            found[context] = in_turns({name: lambda p=p: statistics.median(p.decode(new_tokens))
-                                       for name, p in players.items()}, rounds)
+            result[context] = in_turns({name: lambda p=p: statistics.median(p.decode(new_tokens))
+                                        for name, p in players.items()}, rounds)
             for mine, theirs in PAIRS.items():
-                speed = {name: 1 / statistics.median(found[context][name]) for name in players}
+                speed = {name: 1 / statistics.median(result[context][name]) for name in players}
                 print(f"context {context}: {mine} {speed[mine]:.1f} tokens/s, llama.cpp's {theirs} "
-                      f"{speed[theirs]:.1f}, ratio {ratio(found[context], mine, theirs):.2f}",
+                      f"{speed[theirs]:.1f}, ratio {ratio(result[context], mine, theirs):.2f}",
                       flush=True)
-    return found
+    return result

@@ -3,14 +3,14 @@
     python benchmark.py 20b                       int4, a prompt of 128 tokens, 24 new ones
     python benchmark.py 20b --layers 4            the same with 4 of the 44 layers, for a first look
 
-The folder has the official layout: config.json and an index of 46 shards in float16, 41 GB.  On the
-disk are only 2 GB, because the shards of all 44 layers are hard links to one file, which holds layer
-0.  While loading, `read_shard` gives the tensors of each shard the number of its layer.  Everything
-else is from_pretrained as it is: every layer is read, quantized and kept by itself.
+The folder has the official layout: config.json and an index of 46 shards in float16, 41 GB.  They
+take only 2 GB on the disk, because the shards of all 44 layers are hard links to one file, which
+holds layer 0.  While loading, `read_shard` gives the tensors of each shard the number of its layer.
+Everything else is from_pretrained as it is: every layer is read, quantized and kept by itself.
 
-So the files come from the system's cache after the first layer, and the load time is that of
-quantizing.  Files on a disk cannot be loaded faster than it reads; that time is printed beside it.
-Every figure is printed as soon as it is known, so a run that is interrupted leaves those before it.
+After the first layer, the files come from the system's cache, so the load time is the time of
+quantizing.  The time that the disk itself needs to read the files is printed beside it.
+Every figure is printed as soon as it is known, so an interrupted run has shown the earlier ones.
 """
 
 import contextlib
@@ -51,12 +51,14 @@ def write_folder(config, folder):
     parts = [around, *layers, head]
     files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
     for file, part in ((files[0], around), (files[1], layer), (files[-1], head)):
-        save_file({name: random_tensor(name, names[name].shape) for name in part}, Path(folder, file))
+        tensors = {name: random_tensor(name, names[name].shape) for name in part}
+        save_file(tensors, Path(folder, file))
     for file in files[2:-1]:
         os.link(Path(folder, files[1]), Path(folder, file))
     index = {"weight_map": {name: file for file, part in zip(files, parts) for name in part}}
     Path(folder, "model.safetensors.index.json").write_text(json.dumps(index))
-    Path(folder, "config.json").write_text(json.dumps(config.to_dict() | {"torch_dtype": "float16"}))
+    fields = config.to_dict() | {"torch_dtype": "float16"}
+    Path(folder, "config.json").write_text(json.dumps(fields))
 
 
 def random_tensor(name, shape):
@@ -79,7 +81,10 @@ def memory():
 
 
 def disk_rate(folder):
-    """Bytes a second of reading the largest file, or None where the system's cache cannot be emptied of it."""
+    """How many bytes a second the disk reads of the largest file.
+
+    None on a system that cannot drop the file from its cache first.
+    """
     path = max(Path(folder).glob("*.safetensors"), key=os.path.getsize)
     with open(path, "rb", buffering=0) as file:
         with contextlib.suppress(AttributeError):          # not every system has it
@@ -104,11 +109,12 @@ def load(folder, kind, dtype, report):
 
 
 def generate(model, new_tokens, report):
-    """Read a prompt and write new tokens -> tokens a second, the median."""
-    ids = torch.randint(1, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    """Generate new tokens after a random prompt -> the median of tokens a second."""
+    ids = torch.randint(1, model.config.vocab_size, (1, PROMPT),
+                        generator=torch.Generator().manual_seed(0))
     settings = Settings(max_new_tokens=new_tokens + 3, eos_token_id=None, pad_token_id=0)
     times = [time.perf_counter()]
-    # The last of all is left out: for a cache that is full the step is compiled once more.
+    # The last token is not generated: the step is compiled once more when the cache is full.
     for _ in itertools.islice(stream(model, ids, settings=settings, compile=True), new_tokens + 2):
         times.append(time.perf_counter())
         seconds = times[-1] - times[-2]
@@ -124,15 +130,16 @@ def generate(model, new_tokens, report):
 
 
 def run(weights, dtype, new_tokens, layers):
-    dtype, found = dtype or "bfloat16", {}
+    dtype, result = dtype or "bfloat16", {}
     config = SHAPES["gpt-neox-20b"]
     config = dataclasses.replace(config, num_hidden_layers=layers or config.num_hidden_layers)
 
     def report(name, value):
-        found[name] = value
+        result[name] = value
         print(f"{name:40s} {value:8.2f}", flush=True)
 
-    print(f"\ngpt-neox-20b shape, {config.num_hidden_layers} layers, {weights}, the rest {dtype}", flush=True)
+    print(f"\ngpt-neox-20b shape, {config.num_hidden_layers} layers, {weights}, the rest {dtype}",
+          flush=True)
     report("read bandwidth of the memory, GB/s", (read := bandwidth()) / 1e9)
     with tempfile.TemporaryDirectory() as folder:
         write_folder(config, folder)
@@ -148,4 +155,4 @@ def run(weights, dtype, new_tokens, layers):
         speed = generate(model, new_tokens, report)
     report("share of the bandwidth", step * speed / read)
     report("peak memory, GiB", memory())
-    return found
+    return result

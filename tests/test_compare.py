@@ -220,7 +220,7 @@ def test_a_mistake_is_found_and_placed(family, mistake, first, hint, folders, re
     out = capsys.readouterr().out
     arrows = [line for line in out.splitlines() if "<-- look here first" in line]
     assert len(arrows) == 1 and arrows[0].startswith(first + " ")
-    assert out.splitlines()[-1] == "look at: " + found["hint"]
+    assert out.splitlines()[-1] == "hint: " + found["hint"]
 
 
 def test_window_mistake_shows_only_above_the_window(folders, report, monkeypatch, capsys):
