@@ -4,7 +4,7 @@
 # This notebook shows what changed from GPT-Neo (2021) to GPT-NeoX (2022) and Pythia. It makes each change on
 # a trained model, and it makes the usual mistakes too, so that you see what they cost.
 #
-# **40 minutes** to read, **60 minutes** for the four exercises · **needs** a CPU, no GPU and no network;
+# **40 minutes** to read, **75 minutes** for the five exercises · **needs** a CPU, no GPU and no network;
 # you should have seen GPT-2's attention once and read notebook 1 · [the words and letters](README.md)
 #
 # **Objectives.** Afterwards you can
@@ -15,7 +15,7 @@
 #   wrong one costs;
 # * say why angles are never computed in bfloat16;
 # * draw both forms of the residual block, and show what the parallel one makes possible;
-# * say what an induction head does, and measure whether a model has one.
+# * find an induction head in a model, break it, and show that the model can then no longer copy.
 #
 # The model is `demo-neox`: 4 layers, C = 256, 4 heads of D = 64, trained on Shakespeare's plays. Have the
 # file `neox.py` open beside this notebook. The running example is a speech from *Macbeth*, a play that the
@@ -792,13 +792,37 @@ for n in (16, 32, 64, T):                                  # parts of n tokens, 
 # The second copy is hardly easier: demo-neox gains less than 0.1 nats, even where the copies stand only 16
 # tokens apart. So the distance is not what keeps it from copying. What does is left open here.
 #
+# `demo-induction` learned to copy, because its text rewards nothing else: a line is 3 to 31 random words, and
+# then the same words in the same order again and again. It is a GPT-NeoX of 2 layers with 4 heads each, C = 128,
+# D = 32. All 32 dims of a head rotate ([how it was trained](../checkpoints/README.md)).
+
+# %%
+COPIES = "../checkpoints/demo-induction"
+copier = AutoModelForCausalLM.from_pretrained(COPIES, attn_implementation="naive")
+copier.requires_grad_(False)
+its_tokenizer = AutoTokenizer.from_pretrained(COPIES)
+words = [consonant + vowel for consonant in "bcdfghklmnprstvz" for vowel in "aeiou"]
+word_ids = torch.tensor([its_tokenizer.encode(f" {word}") for word in words])[:, 0]     # (80,)
+torch.manual_seed(0)
+orders = torch.stack([torch.randperm(80) for _ in range(32)])        # (B, 80)
+print(its_tokenizer.decode(word_ids[orders[0, :20]].tolist()))
+for n in (7, 12, 20, 28):
+    first, second = first_and_second(copier, word_ids[orders[:, :n]])
+    print(f"32 texts of {n:2} words: loss {first:.2f}, the second time {second:.2f}")
+    assert first > 4 and second < first / 4
+
+# %% [markdown]
+# Random words cannot be predicted: a guess among 80 costs ln 80 = 4.38. The second time, a word costs less than
+# a quarter of what it cost the first time, at each of four lengths. So the model does not look back by a fixed
+# distance: it finds where the word stood before.
+#
 # ### Exercise 2.4 · Find the induction head
 #
 # Difficulty 4 of 5 · 20 minutes
 #
 # On a text of n tokens written twice, an induction head at position i ≥ n reads position i − n + 1: the token
 # after the previous occurrence. Give each head its mean weight there, over the whole second copy and all
-# texts. The check tries heads made by hand, and then prints the scores of demo-neox.
+# texts. The check tries heads made by hand, and then prints the scores of demo-induction.
 
 # %% tags=["stub"]
 def induction(weights):
@@ -813,8 +837,8 @@ with exercise("2.4"):
     made = torch.stack([looks(n - 1), looks(1), looks(n), torch.full((6, 6), 0.1)])  # (4, 2n, 2n)
     names = "2 texts of n = 3; heads that read 2, 1 and 3 back, and one with 0.1 everywhere"
     same(induction(made[None].repeat(2, 1, 1, 1)), [1, 0, 0, 0.1], names, 1e-6)
-    twice = torch.cat([ids, ids], dim=1)
-    for layer, w in enumerate(model(twice, output_attentions=True).attentions):
+    twice = word_ids[orders[:, :20]].repeat(1, 2)
+    for layer, w in enumerate(copier(twice, output_attentions=True).attentions):
         print(f"layer {layer}:", [round(float(x), 2) for x in induction(w)])
 
 # %% tags=["wrong"]
@@ -848,19 +872,113 @@ def induction(weights):
 # ```
 # </details>
 #
-# No head of demo-neox has a score worth the name, which agrees with the losses. How would a head know which
-# token *follows* an earlier one? It needs help from a layer before it: a **previous-token head** writes at each
-# position which token stood before it, and the induction head then looks for a position that says: before me
-# stood the token that you are reading now. demo-neox has the first half, the heads of section 10.
+# How can a head know which token *follows* an earlier one? It needs help from the layer before: a
+# **previous-token head** writes at each position which token stood before it. The induction head then looks for
+# a position that says: before me stood the token that you are reading now. **Predict:** in which layer of
+# demo-induction are the heads of either kind?
 
-# %%
-twice = torch.cat([ids, ids], dim=1)
-maps = model(twice, output_attentions=True).attentions
-scores = torch.stack([m[0].diagonal(1 - T, -2, -1)[:, 1:].mean(-1) for m in maps])   # (layers, H)
-print("weight on the token to copy, layers by heads:", scores, sep="\n")
-assert scores.max() < 0.05
+# %% alt="Two bar charts of the eight heads of demo-induction: one head of layer 0 reads the previous token, and the heads of layer 1 read the token to copy."
+twice = word_ids[orders[:, :20]].repeat(1, 2)              # (B, 2n), n = 20
+maps = copier(twice, output_attentions=True).attentions    # 2 tensors (B, H, 2n, 2n)
+before = torch.cat([m.diagonal(-1, -2, -1).mean((0, -1)) for m in maps])     # (8,)
+after = torch.cat([m.diagonal(-19, -2, -1)[..., 1:].mean((0, -1)) for m in maps])
+names = [f"layer {layer}, head {h}" for layer in range(2) for h in range(4)]
+left, right_side = panels(2, 9, 2.8)
+bars(names, before, "weight on the previous token", "mean weight", left)
+bars(names, after, "weight on the token to copy", "mean weight", right_side, RED)
+assert before.max() > 0.8 and before.argmax() < 4 and before.sort().values[-2] < 0.5
+assert after[:4].max() < 0.2 and after[4:].min() > 0.4;
 
 # %% [markdown]
+# One head of layer 0 reads the previous token, and every head of layer 1 is an induction head. A single layer
+# could not do this: its heads would see the tokens, but not yet what stood before them.
+#
+# ### Exercise 2.5 · Knock out a head
+#
+# Difficulty 3 of 5 · 15 minutes
+#
+# Write a function that returns a copy of a model in which one head writes nothing, while all other heads and
+# the biases work as before. (`out_proj` reads the outputs of all heads, one after the other, D numbers each.)
+
+# %% tags=["stub"]
+def without(model, layer, head):
+    """A copy of a GPT-NeoX whose head `head` in layer `layer` adds nothing to the stream."""
+    ...
+
+# %% tags=["check"]
+with exercise("2.5"):
+    untouched, cut = copy.deepcopy(copier), without(copier, 0, 1)
+    assert isinstance(cut, torch.nn.Module), f"came {cut!r:.60}, expected a model"
+    y = torch.arange(128.0)[None]                          # as if heads 0 to 3 gave these outputs
+    kept = y.clone(); kept[:, 32:64] = 0
+    old, new = untouched.transformer.blocks[0].attn, cut.transformer.blocks[0].attn
+    same(copier(twice).logits, untouched(twice).logits, "logits of the model that was given")
+    same(new.out_proj(y), old.out_proj(kept), "out_proj of layer 0 without head 1", 1e-4)
+    print(f"the second copy: loss {first_and_second(cut, twice[:, :20])[1]:.2f} without head 1")
+
+# %% tags=["wrong"]
+def without(model, layer, head):
+    model = copy.deepcopy(model)
+    w = model.transformer.blocks[layer].attn.out_proj.weight
+    w.data[head * 32:(head + 1) * 32] = 0                  # rows are outputs, columns are inputs
+    return model
+
+# %% tags=["wrong"]
+def without(model, layer, head):
+    model = copy.deepcopy(model)
+    w = model.transformer.blocks[layer].attn.out_proj.weight
+    w.data[:, head::4] = 0                                 # every fourth number, as if interleaved
+    return model
+
+# %% tags=["wrong"]
+def without(model, layer, head):
+    model = copy.deepcopy(model)
+    w = model.transformer.blocks[layer].attn.qkv_proj.weight
+    w.data[head * 96:head * 96 + 64] = 0                   # without q and k it reads all tokens alike
+    return model
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `copy.deepcopy(model)` is a copy. `out_proj` multiplies the *columns* of its weight by its inputs, and head h
+# has the D columns from h · D on. Setting them to 0 leaves the bias as it is.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def without(model, layer, head):
+#     model, D = copy.deepcopy(model), model.config.head_dim
+#     w = model.transformer.blocks[layer].attn.out_proj.weight
+#     w.data[:, head * D:(head + 1) * D] = 0
+#     return model
+# ```
+# </details>
+#
+# Now we break the copying without touching an induction head. Each head of layer 0 in turn has its outputs
+# set to 0 on their way into `out_proj`. **Predict:** what becomes of the loss of the second copy without the
+# previous-token head, and without one of the other three?
+
+# %% alt="Bars of the loss of the second copy: low for the whole model and without three heads of layer 0, high without the previous-token head."
+def silence(head):
+    keep = torch.ones(128)
+    keep[head * 32:(head + 1) * 32] = 0                    # D = 32
+    return lambda module, inputs: (inputs[0] * keep,)
+
+losses = {"whole model": first_and_second(copier, twice[:, :20])[1]}
+for head in range(4):
+    out_proj = copier.transformer.blocks[0].attn.out_proj
+    hook = out_proj.register_forward_pre_hook(silence(head))
+    losses[f"without head {head} of layer 0"] = first_and_second(copier, twice[:, :20])[1]
+    hook.remove()
+bars(list(losses), list(losses.values()), "The second copy of 20 random words", "loss")
+ordered = sorted(losses.values())
+assert ordered[-1] == losses[f"without head {before.argmax()} of layer 0"] > 3 > 1 > ordered[-2]
+
+# %% [markdown]
+# Without the previous-token head the copying is gone: the loss rises above 3 nats. Without any other head of
+# layer 0 it stays below 1. The heads of layer 1 are untouched, but they no longer find what they look for.
+#
 # Pythia's training left checkpoints at 154 steps, as revisions of one name. With a network one can watch when
 # pythia-70m begins to find a text easier the second time. Without a network each line says that it was skipped.
 
@@ -912,8 +1030,8 @@ for fraction, parallel in ((0.25, True), (0.25, False), (1.0, True), (1.0, False
 # GPT-NeoX has no table of positions: it turns pairs of dims of each query and key, so that a score depends on
 # the distance of two tokens and not on where they stand. Its QKV rows lie head by head, its pairs are
 # halves, and its attention and MLP read the same x; code that gets one of these wrong still runs, and only
-# the numbers show it. To find such a mistake, compare the numbers with those of the reference, on texts and
-# at positions that are long enough.
+# the numbers show it. Two heads in two layers, one that writes down the previous token and one that looks
+# for it, are enough to copy a text that was read once.
 #
 # ## Further
 #
