@@ -801,11 +801,15 @@ COPIES = "../checkpoints/demo-induction"
 copier = AutoModelForCausalLM.from_pretrained(COPIES, attn_implementation="naive")
 copier.requires_grad_(False)
 its_tokenizer = AutoTokenizer.from_pretrained(COPIES)
+
+# %%
 words = [consonant + vowel for consonant in "bcdfghklmnprstvz" for vowel in "aeiou"]
 word_ids = torch.tensor([its_tokenizer.encode(f" {word}") for word in words])[:, 0]     # (80,)
 torch.manual_seed(0)
 orders = torch.stack([torch.randperm(80) for _ in range(32)])        # (B, 80)
 print(its_tokenizer.decode(word_ids[orders[0, :20]].tolist()))
+
+# %%
 for n in (7, 12, 20, 28):
     first, second = first_and_second(copier, word_ids[orders[:, :n]])
     print(f"32 texts of {n:2} words: loss {first:.2f}, the second time {second:.2f}")
@@ -877,12 +881,14 @@ def induction(weights):
 # a position that says: before me stood the token that you are reading now. **Predict:** in which layer of
 # demo-induction are the heads of either kind?
 
-# %% alt="Two bar charts of the eight heads of demo-induction: one head of layer 0 reads the previous token, and the heads of layer 1 read the token to copy."
+# %%
 twice = word_ids[orders[:, :20]].repeat(1, 2)              # (B, 2n), n = 20
 maps = copier(twice, output_attentions=True).attentions    # 2 tensors (B, H, 2n, 2n)
 before = torch.cat([m.diagonal(-1, -2, -1).mean((0, -1)) for m in maps])     # (8,)
 after = torch.cat([m.diagonal(-19, -2, -1)[..., 1:].mean((0, -1)) for m in maps])
 names = [f"layer {layer}, head {h}" for layer in range(2) for h in range(4)]
+
+# %% alt="Two bar charts of the eight heads of demo-induction: one head of layer 0 reads the previous token, and the heads of layer 1 read the token to copy."
 left, right_side = panels(2, 9, 2.8)
 bars(names, before, "weight on the previous token", "mean weight", left)
 bars(names, after, "weight on the token to copy", "mean weight", right_side, RED)
@@ -959,12 +965,13 @@ def without(model, layer, head):
 # set to 0 on their way into `out_proj`. **Predict:** what becomes of the loss of the second copy without the
 # previous-token head, and without one of the other three?
 
-# %% alt="Bars of the loss of the second copy: low for the whole model and without three heads of layer 0, high without the previous-token head."
+# %%
 def silence(head):
     keep = torch.ones(128)
     keep[head * 32:(head + 1) * 32] = 0                    # D = 32
     return lambda module, inputs: (inputs[0] * keep,)
 
+# %% alt="Bars of the loss of the second copy: low for the whole model and without three heads of layer 0, high without the previous-token head."
 losses = {"whole model": first_and_second(copier, twice[:, :20])[1]}
 for head in range(4):
     out_proj = copier.transformer.blocks[0].attn.out_proj
