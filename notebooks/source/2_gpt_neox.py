@@ -4,7 +4,7 @@
 # This notebook shows what changed from GPT-Neo (2021) to GPT-NeoX (2022) and Pythia. It makes each change on
 # a trained model, and it makes the usual mistakes too, so that you see what they cost.
 #
-# **40 minutes** to read, **75 minutes** for the five exercises · **needs** a CPU, no GPU and no network;
+# **45 minutes** to read, **75 minutes** for the five exercises · **needs** a CPU, no GPU and no network;
 # you should have seen GPT-2's attention once and read notebook 1 · [the words and letters](README.md)
 #
 # **Objectives.** Afterwards you can
