@@ -7,7 +7,7 @@
 Every backend takes q (B, H, T, D) and k, v (B, H, S, D), where the T queries are the *last* T of
 the S positions, and returns (B, H, T, D) in v's dtype.
 
-    visible      which keys may a query read?  One rule for prefill, decode and chunks between.
+    visible      which keys may a query read?  One rule for prefill, decode and chunks.
     naive        the definition.  Bit-identical to transformers' eager attention, and slow.
     attention    the one function that models call; it chooses the backend.
     KVCache      keeps keys and values; a local layer keeps only those of its window.
@@ -161,10 +161,10 @@ def choose_backend(name="auto", return_weights=False):
 def prefers_triton(on_gpu, dtype, upcast):
     """Does "auto" take the Triton kernel for the prefill of such a model?
 
-    Yes for GPT-Neo (`upcast`) in half precision on a GPU.  torch's kernels must compute its scores
-    in float32 and know no window: on an H200 ours was 2 to 29 times as fast forward, and 0.8 (256
-    tokens) to 12 times with the backward pass (benchmarks/README.md).  In float32 it has no tensor
-    cores, and one new token was not measured.
+    Yes for GPT-Neo (`upcast`) in half precision on a GPU: torch's kernels must compute its scores
+    in float32 and have no window.  On an H200 our kernel was 2 to 29 times as fast in the forward
+    pass, and 0.8 (256 tokens) to 12 times with the backward pass (benchmarks/README.md).  In
+    float32 it uses no tensor cores, and for one new token it was not measured.
     """
     return on_gpu and triton is not None and upcast and dtype in (torch.float16, torch.bfloat16)
 
@@ -172,8 +172,8 @@ def prefers_triton(on_gpu, dtype, upcast):
 def our_kernel_wins(q, k, v, dropout, upcast):
     """Does "auto" take the Triton kernel for this call?
 
-    Only where it can do what is asked; torch.func and forward mode work through torch's kernels
-    alone.
+    Only if the kernel can do what is asked.  torch.func and forward mode need torch's own
+    operations.
     """
     return (prefers_triton(q.is_cuda, q.dtype, upcast) and q.dtype == k.dtype == v.dtype
             and q.size(2) > 1 and q.size(3) <= 256 and not dropout
@@ -326,8 +326,8 @@ def fused(q, k, v, scale, window, key_mask, dropout):
         allowed = visible(T, S, window, q.device)                           # (T, S)
         if key_mask is not None:
             allowed = allowed & key_mask[:, None, None, :]                  # (B, 1, T, S)
-            # A query without a key reads all of them.  Its output means nothing, but it must be
-            # finite: for an empty row cuDNN's kernel gives every key and value a gradient of NaN.
+            # A query that may read no key reads all of them.  Its output is not used, but it must
+            # be finite: for an empty row cuDNN's kernel makes every gradient of k and v NaN.
             allowed = allowed | ~allowed.any(-1, keepdim=True)
     options = dict(attn_mask=allowed, is_causal=allowed is None and square, scale=scale)
     plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
@@ -353,9 +353,9 @@ def in_plain_operations(q, k, v, **options):
 class DerivableTwice(torch.autograd.Function):
     """y, the result of a fused kernel, with a gradient that can be differentiated again.
 
-    The kernels' own gradients cannot.  Where somebody wants to (create_graph=True, torch.func), the
-    gradient is that of `plain`, the same function of q, k and v in torch's plain operations, and
-    none goes into the kernel.
+    A fused kernel's own gradient cannot.  With create_graph=True or torch.func, the gradient is
+    instead that of `plain`, the same function of q, k and v in torch's plain operations, and the
+    kernel gets none.
     """
 
     generate_vmap_rule = True
@@ -385,7 +385,8 @@ class DerivableTwice(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------
 #
 # Each program computes one block of queries of one head (for dk and dv: one block of keys) and
-# visits only the blocks of keys (of queries) that the window reaches: T · window of work, not T².
+# visits only the blocks of keys (of queries) that the window reaches, so the work is T · window
+# and not T².
 #
 #     forward    s  = q kᵀ · scale       p  = exp(s - m)         l = Σ p       o = p v / l
 #     backward   p  = exp(s - m) / l     dp = do vᵀ              delta = Σ p dp
@@ -459,7 +460,7 @@ def readable(KEY_MASK, batch, j, end, S):
 
 @jit
 def shrink(SHRINK):
-    """By what the gradients are multiplied, because `magnified` has made do larger."""
+    """The factor for the gradients that undoes `magnified`, which has made do larger."""
     factor = 1.0
     if SHRINK is not None:
         factor = tl.load(SHRINK)
@@ -670,7 +671,7 @@ def magnified(do):
     """do times a power of two, and the inverse of that power as a tensor.
 
     float16 has few bits left for numbers below 6e-5, so that ds would lose most of a small
-    gradient.  The largest element becomes at least 1/4; where it is that large, nothing changes.
+    gradient.  The largest element becomes at least 1/4; if it is already, nothing changes.
     Powers of two multiply without rounding.
     """
     _, exponent = torch.frexp(torch.linalg.vector_norm(do, math.inf, dtype=torch.float32))
@@ -690,7 +691,7 @@ def save_for_backward(ctx, inputs, output):
 
 
 def run_backward(ctx, do, dm, dl):
-    """dq, dk, dv; by the definition where somebody wants to differentiate them (create_graph)."""
+    """dq, dk, dv; computed by the definition if they are to be differentiated (create_graph)."""
     q, k, v, key_mask, m, l = ctx.saved_tensors
     if torch.is_grad_enabled():
         plain = functools.partial(naive, scale=ctx.scale, window=ctx.window, key_mask=key_mask,

@@ -1,6 +1,6 @@
 """What the two families share around their architecture: activations, inputs, outputs, the loss.
 
-Nothing here tells GPT-Neo from GPT-NeoX; what does is in neo.py and neox.py.
+Nothing here depends on the family: all differences between the two are in neo.py and neox.py.
 
     B batch · T new tokens · S tokens in view (cached + new) · C width · V vocabulary
 """
@@ -117,7 +117,7 @@ def next_token_loss(logits, labels):
 
 @in_slices(2**20)
 def log_probability(logits, targets):
-    """log p of each row's target: logits (N, V), targets (N,) -> (N, 1), for -100 that of id 0."""
+    """log p of each row's target: logits (N, V), targets (N,) -> (N, 1); -100 is read as id 0."""
     logits = logits.to(at_least_float32(logits.dtype))
     return logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])
 
@@ -142,9 +142,9 @@ def check_labels(labels, logits):
 # ------------------------------------------------------------------------------------------------
 
 def value_range(tensor, unknown):
-    """The least and the greatest value of a tensor, or `unknown` where there are no values to read.
+    """The least and the greatest value of a tensor, or `unknown` if its values cannot be read.
 
-    That is so on the meta device, under torch.func.vmap, and while torch.compile or torch.export
+    They cannot on the meta device, under torch.func.vmap, and while torch.compile or torch.export
     traces the model.
     """
     if torch.compiler.is_compiling() or tensor.is_meta:
@@ -158,8 +158,8 @@ def value_range(tensor, unknown):
 def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     """Check input_ids or inputs_embeds, and position_ids, before any compute; return (B, T).
 
-    Raises ValueError, with the numbers, for ids or positions that the model has no row for, for
-    wrong shapes, and where not exactly one of input_ids and inputs_embeds is given.
+    Raises ValueError, with the numbers, for ids or positions outside the model's tables, for wrong
+    shapes, and unless exactly one of input_ids and inputs_embeds is given.
     """
     vocab_size, limit = config.vocab_size, config.position_limit
     if inputs_embeds is None:
@@ -312,9 +312,9 @@ class PreTrainedModel(nn.Module):
         """Write config.json, generation_config.json and model.safetensors for transformers.
 
         The integers of a quantized model go into another file, which only this project reads.
-        usual: transformers' other arguments at their usual values, SAVING in that file.
-        Raises OSError if the folder cannot be written; then the files in it are as before.  Raises
-        ValueError, with the name, for an argument at another value.
+        usual: transformers' other arguments at their usual values; the table is SAVING in
+        transformers_arguments.py.  Raises OSError if the folder cannot be written, and leaves its
+        files unchanged; ValueError, with the name, for an argument at another value.
         """
         check_usual("save_pretrained", usual, SAVING)
         save_pretrained(self, folder)
@@ -330,8 +330,8 @@ class PreTrainedModel(nn.Module):
     def exact(self):
         """Does the model compute as transformers does, to the last bit?
 
-        reference_arithmetic decides: True or False, and None means True if attention is naive.
-        Otherwise the linear layers use a faster order of summation for one new token.
+        reference_arithmetic decides: True, False, or None, which means True if attention is naive.
+        If not, the linear layers use a faster order of summation for one new token.
         """
         if self.reference_arithmetic is None:
             return choose_backend(self.attn_implementation) == "naive"
@@ -344,7 +344,7 @@ class PreTrainedModel(nn.Module):
                 module.reference_arithmetic = value
 
     def run(self, part, x, **how):
-        """part(x, **how) for a block or the output head, checkpointed or in a faster form.
+        """Call a block or the output head, checkpointed or in a faster form where that applies.
 
         fast/step.py replaces this method by a compiled form of it.
         """

@@ -106,8 +106,8 @@ def refuse(field, value, supported):
 
 
 # Fields that transformers obeys in every config, although neither family uses them: pruning, caches
-# shared among layers (cache_utils.py), cross-attention.  With one of them set it is another
-# model.
+# shared among layers (cache_utils.py), cross-attention.  With one of them set, the file describes
+# another model.
 ABSENT = ("pruned_heads", "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
 
 # Fields that change what transformers' forward pass does or returns, with the values at which they

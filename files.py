@@ -57,7 +57,7 @@ def shown(value, limit=80):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of at most 300 characters, however long the value is."""
+    """argparse.ArgumentParser, with errors of at most 300 characters."""
 
     def error(self, message):
         super().error(plain(message, 250))
@@ -69,7 +69,7 @@ def error_line(error):
 
 
 def replace_closed_stderr():
-    """Where standard error is closed, as by 2>&-, messages and progress bars go nowhere."""
+    """Discard messages and progress bars if standard error is closed, as by 2>&-."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
 
@@ -103,10 +103,10 @@ def discard_output():
 
 
 def whole_output(main):
-    """The same main(argv), which also writes out what is still to be written when it ends.
+    """Decorator: when main(argv) ends, write out everything that is still in the buffer.
 
-    Characters that the output's encoding lacks are replaced, and that is said.  If the reader has
-    gone, as with | head, the exit status stays; on a full disk it is 2, with one line.
+    Characters that the output's encoding lacks are replaced, with a message.  If the reader has
+    gone, as with | head, the exit status does not change; on a full disk it is 2, with one line.
     """
     @functools.wraps(main)
     def command(argv=None):
@@ -136,7 +136,7 @@ LARGEST = 2**26                    # bytes; GPT-NeoX-20B's tokenizer.json has a 
 
 
 def read_small(path):
-    """The bytes of a file that is no weight file; ValueError where they are too many for one."""
+    """The bytes of a file other than the weights.  Raises ValueError if there are too many."""
     if (size := os.path.getsize(path)) > LARGEST:
         raise ValueError(f"{plain(path, 1000)} is not the file of a checkpoint: it "
                          f"has {size} bytes")
@@ -166,9 +166,9 @@ def read_text(name):
 
 
 def read_json(path, unique=False):
-    """The object in a JSON file; ValueError that names the file where there is none.
+    """The object in a JSON file.  Raises ValueError, with the file's name, if there is none.
 
-    unique: also where an object has a key twice, of which Python would take the last.
+    unique: also if an object has the same key twice, of which Python would take the last.
     """
     data = read_small(path)
     try:
@@ -183,7 +183,7 @@ def read_json(path, unique=False):
 
 
 def without_repeats(pairs):
-    """The object of these (key, value) pairs; ValueError for a key that is there twice."""
+    """The dict of these (key, value) pairs.  Raises ValueError for a key that is there twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         seen = set()
@@ -226,7 +226,7 @@ def fetch(name_or_folder, filename, revision=None, required=True, *, cache_dir=N
 
 
 def fetch_from_hub(repo, filename, revision, required, how):
-    """The same for a hub id.  Files are downloaded into the hub's own cache, with a progress bar.
+    """`fetch` for a hub id: downloads into the hub's own cache, with a progress bar.
 
     config.json is always asked for first, and the answer tells the cache which commit the branch is
     at now.  For the other files the cache is looked up first: it may have the file of that commit,
@@ -325,8 +325,8 @@ def write_files(folder, files, gone=()):
 def write_result(path, content):
     """Write one file that the user has named; content is as in write_files.
 
-    What is no file, such as /dev/stdout, is written to and not replaced: save_file would replace
-    it, so such content is made in a temporary file first.
+    Something that is not a file, such as /dev/stdout, is written to and not replaced.  save_file
+    would replace it, so then the content goes into a temporary file first.
     """
     path = Path(path)
     if not path.exists() or path.is_file() or path.is_dir():

@@ -5,7 +5,7 @@
     python generate.py --score FILE, or --top 5 "HAMLET."        (see score.py)
     torchrun --nproc-per-node 2 generate.py ...                  (any of them, on several processes)
 
-Of several processes each has a share of the model (parallel.py); process 0 prints.
+With several processes, each has a share of the model (parallel.py), and process 0 prints.
 
 This file is the command line; the loop that generates is in sampling.py.
 """
@@ -48,8 +48,8 @@ from score import likeliest, score_text, window_and_stride
 
 DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "demo-neo")
 
-# Options that choose how a text is continued.  Where one is not given, the checkpoint's
-# generation_config.json decides, and where that has no such setting, the default in the help.
+# Options that choose how a text is continued.  One that is not given comes from the checkpoint's
+# generation_config.json or, if it is not there either, is the default in the help.
 SETTINGS = ("max_new_tokens", "temperature", "greedy", "top_k", "top_p", "min_p",
             "repetition_penalty", "no_repeat_ngram_size")
 GENERATION = (*SETTINGS, "seed", "num_samples", "stop", "compile", "interactive")
@@ -175,7 +175,7 @@ def text_until(pieces, stops):
 def settings_of(model, prompt_length, *, max_new_tokens, temperature, greedy, **given):
     """Settings from the command line's options, where None means that one was not given.
 
-    Here 0 is a temperature and means greedy decoding, and the length fits the model by default.
+    Here a temperature of 0 means greedy decoding, and the default length fits the model.
     """
     if max_new_tokens is None:
         positions = model.config.position_limit
@@ -194,7 +194,7 @@ def continue_prompt(model, tokenizer, prompt, options, *, generator, stops, comp
     """Print a prompt and its continuation.
 
     options: for `settings_of`; stops: texts before which to end.
-    Returns (prompt tokens, seconds, new tokens but the first, seconds).
+    Returns (prompt tokens, seconds, new tokens after the first, seconds).
     """
     check_text(prompt, "the prompt")
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=model.device)
@@ -219,7 +219,7 @@ def continue_prompt(model, tokenizer, prompt, options, *, generator, stops, comp
 
 
 def print_texts(model, tokenizer, prompts, count, interactive, **how):
-    """Print `count` continuations of each prompt; returns what continue_prompt says of each.
+    """Print `count` continuations of each prompt; returns what continue_prompt returned for each.
 
     how: for `continue_prompt`.  Raises ValueError for a prompt that cannot be continued; where
     prompts are typed (interactive), it prints that error and takes the next prompt.
@@ -249,7 +249,7 @@ def check_text(text, what):
 def status(model, name, backend, counts):
     """One line: which model ran, on which device, how fast, and in how much memory.
 
-    name, backend: as they were asked for; counts: what print_texts returned.
+    name, backend: as the user gave them; counts: what print_texts returned.
     """
     prompt, prompt_seconds, new, new_seconds = (sum(column) for column in zip(*counts))
     chosen = choose_backend(backend)
@@ -290,7 +290,7 @@ def usable_device(name):
 def load(name, *, tokenizer, revision, dtype, device, backend, weights):
     """Model and tokenizer; for each of these options see --help.
 
-    Of several processes each loads its own share of the model.
+    With several processes, each loads its own share of the model.
     Raises ValueError or OSError for what cannot be loaded, ImportError for a backend that cannot
     be used.
     """
@@ -329,7 +329,7 @@ def print_top(model, tokenizer, prompt, count):
 
 
 def run(args):
-    """The whole command.  What is wrong with the texts is said before weights are loaded."""
+    """The whole command.  The texts are checked before the weights are loaded."""
     loaded = functools.partial(everywhere, functools.partial(
         load, args.model, tokenizer=args.tokenizer, revision=args.revision, dtype=args.dtype,
         device=args.device, backend=args.backend, weights=args.weights))

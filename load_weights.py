@@ -1,4 +1,4 @@
-"""Official checkpoints in, official checkpoints out.
+"""Load official checkpoints, and save them for transformers.
 
     NAMES             two flat tables: checkpoint name -> our name
     load_pretrained   folder or hub id -> model, with one copy of the weights in memory
@@ -341,7 +341,7 @@ def parse_dtype(dtype, raw):
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         if dtype is None:
             return None
-    numpy = sys.modules.get("numpy")                       # whoever has such a dtype has loaded it
+    numpy = sys.modules.get("numpy")                       # a numpy dtype needs a loaded numpy
     if numpy and not isinstance(dtype, (str, torch.dtype)):        # numpy's and JAX's dtypes
         with contextlib.suppress(TypeError):
             dtype = numpy.dtype(dtype).name
@@ -355,8 +355,9 @@ def parse_dtype(dtype, raw):
 def read_state(name_or_folder, paths, model, dtype, device, kind=None, stored=False, shared=None):
     """{our name: tensor} for exactly the model's parameters, each converted when it is read.
 
-    dtype None: that of the first weight.  kind, stored, shared: see prepare.  A missing task head
-    is initialized randomly.  Raises one ValueError for all missing, unexpected and unfit tensors.
+    dtype: None means that of the first weight.  kind, stored, shared: see prepare.  A missing task
+    head is initialized randomly.  Raises one ValueError that lists all missing, unexpected and
+    misfitting tensors.
     """
     table = NAMES[model.config.model_type]
     wanted, integers = prepare(model, kind, stored, shared)
@@ -434,8 +435,8 @@ def name_in_model(name, table, wanted, inside):
 def tensors_of(paths, doing, apart):
     """Yield (name, tensor) of all files, with a progress bar that says `doing`.
 
-    apart: map each tensor by itself.  For a model that keeps less than the tensors; otherwise the
-    pages that were read of the others would stay in memory.
+    apart: map each tensor by itself, for a model that keeps smaller ones instead; otherwise all
+    pages that were read would stay in memory.
     """
     for path in paths:
         yield from tqdm(read_tensors(path, apart), desc=f"{doing} {path.name}",
@@ -547,11 +548,10 @@ def tie(state):
 # ------------------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder):
-    """Write config.json, generation_config.json and model.safetensors into `folder`; for a
-    quantized model quantize.FILE in place of the last, which this project alone reads.
+    """Write config.json, generation_config.json and model.safetensors into `folder`.
 
-    All of them or none (files.write_files), and the folder that the weights are mapped from may be
-    the target.
+    The last is quantize.FILE for a quantized model, which only this project reads.  All files are
+    written or none (files.write_files).  `folder` may be the one that the weights are mapped from.
     """
     if model.shares > 1:
         raise ValueError(f"this process has only a part of the weights, which {model.shares} "
@@ -593,7 +593,7 @@ def save_flax(model, state, folder):
 
 
 def settings_files(model, architecture, dtype, **more):
-    """{name: content} of generation_config.json and, last as write_files needs it, config.json."""
+    """{name: content} of generation_config.json and config.json, which write_files needs last."""
     config = {"architectures": [architecture], **model.config.to_dict(),
               "torch_dtype": str(dtype).removeprefix("torch."), **more}
     generation = model.generation_config or {
@@ -620,7 +620,7 @@ def official_state(model):
 
 
 def unshared(state):
-    """The tensors, each with values of its own: safetensors refuses layers that share weights."""
+    """The tensors, each in its own memory: safetensors refuses tensors that share memory."""
     times = Counter(tensor.data_ptr() for tensor in state.values())
     return {name: tensor.clone() if times[tensor.data_ptr()] > 1 else tensor
             for name, tensor in state.items()}
@@ -676,7 +676,7 @@ class AutoTokenizer:
         if config is not None:
             read_json(config)                          # one that is broken is refused in any case
         if named is None and has_json and config is None:
-            named = "PreTrainedTokenizerFast"          # tokenizer.json is enough there too
+            named = "PreTrainedTokenizerFast"          # as transformers decides
         if named is None:
             path = fetch(name_or_folder, "config.json", revision, **hub)
             raw = read_config(name_or_folder, revision, **hub)

@@ -62,12 +62,12 @@ class GPTNeoConfig(GPTNeoRules):
 
     @property
     def windows(self):
-        """For each layer how many tokens a query reads, itself included; None: all up to itself."""
+        """For each layer how many tokens a query reads, its own included; None means no limit."""
         return [self.window_size if kind == "local" else None for kind in self.attention_layers]
 
     @property
     def position_limit(self):
-        """The most tokens that a text can have: each position is a row of a table."""
+        """The most tokens that a text can have, because each position is a row of a table."""
         return self.max_position_embeddings
 
     @property
@@ -166,8 +166,8 @@ class GPTNeoModel(PreTrainedModel):
         """input_ids (B, T) integer -> ModelOutput with last_hidden_state (B, T, C).
 
         attention_mask (B, S): 1 for real tokens, 0 for padding, the cached ones included.
-        position_ids (B, T) or (1, T): by default they continue from the cached tokens whatever the
-        mask says, as in transformers' forward; generate passes positions that skip left padding.
+        position_ids (B, T) or (1, T): by default they continue from the cached tokens and ignore
+        the mask, as in transformers' forward; generate passes positions that skip left padding.
         cache: a KVCache, to which this call adds T tokens.
         inputs_embeds (B, T, C): used as the output of the token embedding; then give no input_ids.
         Raises ValueError for ids, positions, masks or lengths outside the model's range.
@@ -223,7 +223,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
 
         labels (B, T): token ids, usually input_ids itself, since the shift by one happens inside;
         -100 leaves a token out of the loss.
-        logits_to_keep: compute the logits of the last so many tokens only; 0 means of all.
+        logits_to_keep: the number of last tokens whose logits are computed; 0 means all.
         The other arguments and errors are those of GPTNeoModel.forward.
         """
         out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,

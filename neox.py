@@ -10,9 +10,9 @@ neo.py has the same parts in the same order under the same names; `diff neo.py n
 changed from that family to this one.
 
 What sets GPT-NeoX apart from GPT-Neo:
-  * positions are not embedded: the first R dims of each query and key are rotated by them;
+  * there is no position embedding: the first R dims of queries and keys are rotated instead;
   * q, k and v come from one matrix, interleaved head by head;
-  * attention and MLP read the same x, in parallel, each through a LayerNorm of its own;
+  * attention and MLP read the same x, in parallel, each with its own LayerNorm;
   * every layer is global, scores are divided by sqrt(D), the output head is not the embedding.
 Sources: EleutherAI/gpt-neox (megatron/model) and transformers (modeling_gpt_neox.py, v5.23.0).
 With attn_implementation="naive" the results are transformers' own, to the last bit.
@@ -64,12 +64,12 @@ class GPTNeoXConfig(GPTNeoXRules):
 
     @property
     def windows(self):
-        """For each layer how many tokens a query reads: here None, all up to itself."""
+        """For each layer how many tokens a query reads: here None, which means no limit."""
         return [None] * self.num_hidden_layers
 
     @property
     def position_limit(self):
-        """The most tokens that a text can have: None, for rotation has no limit."""
+        """The most tokens that a text can have: None, because rotation has no limit."""
         return None
 
     @property
@@ -152,7 +152,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x ─┬─ ln_1 ─ attn ─┐
-          ├─ ln_2 ─ mlp ──┼─ + ─→   in parallel (in RedPajama and open-calm as in GPT-Neo)
+          ├─ ln_2 ─ mlp ──┼─ + ─→   in parallel; RedPajama and open-calm do it as in GPT-Neo
           └───────────────┘
     """
 
@@ -193,8 +193,8 @@ class GPTNeoXModel(PreTrainedModel):
         """input_ids (B, T) integer -> ModelOutput with last_hidden_state (B, T, C).
 
         attention_mask (B, S): 1 for real tokens, 0 for padding, the cached ones included.
-        position_ids (B, T) or (1, T): by default they continue from the cached tokens whatever the
-        mask says, as in transformers' forward; generate passes positions that skip left padding.
+        position_ids (B, T) or (1, T): by default they continue from the cached tokens and ignore
+        the mask, as in transformers' forward; generate passes positions that skip left padding.
         cache: a KVCache, to which this call adds T tokens.
         inputs_embeds (B, T, C): used as the output of the token embedding; then give no input_ids.
         Raises ValueError for ids, positions, masks or lengths outside the model's range.
@@ -252,7 +252,7 @@ class GPTNeoXForCausalLM(PreTrainedModel):
 
         labels (B, T): token ids, usually input_ids itself, since the shift by one happens inside;
         -100 leaves a token out of the loss.
-        logits_to_keep: compute the logits of the last so many tokens only; 0 means of all.
+        logits_to_keep: the number of last tokens whose logits are computed; 0 means all.
         The other arguments and errors are those of GPTNeoXModel.forward.
         """
         out = self.transformer(input_ids, attention_mask, position_ids, cache, output_hidden_states,

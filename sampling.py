@@ -30,8 +30,8 @@ class Settings:
     do_sample: bool = False               # False: greedy, always the likeliest token
     temperature: float = 1.0              # below 1 sharpens the distribution, above 1 flattens
     top_k: int | None = 50                # only the k likeliest; 0 or None: all
-    top_p: float | None = 1.0             # only the fewest that hold this much probability
-    min_p: float | None = None            # only those with this share of the largest probability
+    top_p: float | None = 1.0             # only the fewest that together have this probability
+    min_p: float | None = None            # only those with at least this share of the largest
     repetition_penalty: float = 1.0       # above 1: tokens of the text become less likely
     no_repeat_ngram_size: int = 0         # the same n tokens in a row never occur twice
     bad_words_ids: list | None = None     # lists of ids that are never written
@@ -188,7 +188,7 @@ SAMPLING_ONLY = {"temperature", "top_k", "top_p", "min_p", "typical_p", "top_h",
                  "eta_cutoff"}
 
 # The reference's other settings and arguments, which this project does not have.  None and the
-# values given here change nothing and are accepted; any other value is refused by the name.
+# values given here change nothing and are accepted; any other value is an error that names it.
 REFUSED = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "typical_p",
                      "encoder_repetition_penalty"), (1,)),
@@ -256,8 +256,9 @@ def as_python(value):
 # From logits to a token
 # ------------------------------------------------------------------------------------------------
 
-# What happens to the scores, in the reference's order: setting, the value at which nothing happens
-# (None is always one), function of (scores (B, V), the setting's value, the Text so far) -> (B, V).
+# What happens to the scores, in the reference's order.  Each entry: a setting, the value at which
+# nothing happens (None is always one), and a function of scores (B, V), the setting's value and the
+# Text so far, which returns scores (B, V).
 STEPS = (
     ("repetition_penalty", 1, lambda scores, x, text: penalize(scores, text.ids, text.first, x)),
     ("no_repeat_ngram_size", 0, lambda scores, n, text: forbid_repeats(scores, text.ids, n)),
@@ -270,7 +271,7 @@ STEPS = (
     ("suppress_tokens", None, lambda scores, ids, text: forbid(scores, ids)),
     ("begin_suppress_tokens", None,
      lambda scores, ids, text: forbid(scores, ids) if text.length == text.prompt else scores),
-    ("temperature", 1, lambda scores, x, text: scores / x),        # from here on only for a draw
+    ("temperature", 1, lambda scores, x, text: scores / x),        # from here on only if sampling
     ("top_k", 0, lambda scores, k, text: keep_top_k(scores, k)),
     ("top_p", 1, lambda scores, p, text: keep_top_p(scores, p)),
     ("min_p", 0, lambda scores, p, text: keep_min_p(scores, p)),
@@ -302,7 +303,7 @@ def choose(scores, settings, generator=None, text=None):
 
 
 def forbid(scores, ids):
-    """-inf for these ids, a list; ids outside the vocabulary are passed over.  (B, V) -> (B, V)"""
+    """-inf for these ids, a list; ids outside the vocabulary are ignored.  (B, V) -> (B, V)"""
     ids = [i for i in ids if i < scores.size(-1)]
     ids = torch.tensor(ids, dtype=torch.long, device=scores.device)
     return scores.index_fill(-1, ids, float("-inf"))
@@ -388,7 +389,7 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
            compile=False, tokenizer=None):
     """Yield the next token of every row, (B,), until all rows have ended or the length is reached.
 
-    input_ids (B, T), padded on the left where rows differ, with attention_mask (B, T) to say where.
+    input_ids (B, T): shorter rows are padded on the left, and attention_mask (B, T) is 0 there.
     A row that has ended yields padding.  real_vocab: ids from this one on are never chosen (they
     are rows that only round up the size of the matrix).  compile: after the prefill, decode with
     the compiled step of fast/step.py.  tokenizer: to find stop_strings in the text.
@@ -411,7 +412,7 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
         if text.length >= total or text.done.all():
             return
         new = token[:, None]                                               # (B, 1)
-        if text.eos:                                       # otherwise ended rows go on too: append
+        if text.eos:                                       # else ended rows go on, see Text.append
             decoder.leave_out(text.done)
 
 
@@ -494,7 +495,7 @@ class Decoder:
         return self.model(new, mask, position_ids, cache=self.cache, logits_to_keep=1).logits[:, -1]
 
     def leave_out(self, done):
-        """Do not compute rows that have ended, done (B,) bool, any more.
+        """Stop computing the rows that have ended, done (B,) bool.
 
         A model that keeps to the reference's arithmetic computes all rows, as the reference does,
         since its last bits depend on the shapes that are multiplied.  The compiled step is made for
@@ -559,8 +560,8 @@ def generate(self, input_ids=None, attention_mask=None, *, generator=None, compi
              tokenizer=None, generation_config=None, **settings):
     """Prompt and continuation as ids, (B * num_return_sequences, total) int64.
 
-    input_ids (B, T) integer, where shorter rows are padded on the left; attention_mask (B, T) says
-    where.  settings: the fields of Settings, where each is explained.  eos_token_id: one id or
+    input_ids (B, T) integer: shorter rows are padded on the left, and attention_mask (B, T) is 0
+    there.  settings: the fields of Settings, where each is explained.  eos_token_id: one id or
     several; with None no row ends.  Without max_length and max_new_tokens, 20 new tokens.
     generator: a torch.Generator to draw from, else torch's global one.  compile: decode with the
     compiled step of fast/step.py, which takes some seconds to compile, once.  tokenizer: needed for
@@ -607,7 +608,7 @@ def check_prompt(model, input_ids, attention_mask, settings):
                              f"{V - 1}")
     if attention_mask is not None:
         right = not attention_mask[:, -1].all()
-    else:                                                  # as in the reference: of a batch alone
+    else:                                                  # as in the reference: only if B > 1
         right = B > 1 and settings.pad is not None and (input_ids[:, -1] == settings.pad).any()
     if right:
         warnings.warn("a row of the prompt ends in padding: the continuation would start after it. "

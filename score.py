@@ -9,13 +9,12 @@ A model sees at most L tokens, so a window of L slides over a longer text, S tok
 each window evaluates the tokens that no window before it has evaluated:
 
     0 1 2 3 4 5 6 7                    L = 8, S = 4: the first window evaluates 1 to 7,
-            · · · · 8 9 10 11          the second 8 to 11, of which 8 is given four tokens
+            · · · · 8 9 10 11          the second 8 to 11, and token 8 is given four tokens
 
 Every token but the first, which has nothing before it, is evaluated once, given at least L - S
-tokens (one where S = L).  A small stride gives each token more to go on and takes more forward
+tokens (one if S = L).  A smaller stride gives each token more context and needs more forward
 passes, N / S of them.  The windows are those of transformers' documentation, "Perplexity of
-fixed-length models".  The average there leaves out one token of each later window; this one leaves
-out none.
+fixed-length models", but their average leaves out one token of every window after the first.
 """
 
 import itertools
@@ -35,7 +34,7 @@ SLICE = 256                                            # rows of logits that bec
 class Score:
     """What evaluating a text gives."""
     loss: float                 # mean cross entropy of a token given those before it (nats)
-    bits_per_byte: float        # the same for a byte: only it compares tokenizers fairly
+    bits_per_byte: float        # the same for a byte, in bits: comparable between tokenizers
     perplexity: float           # exp(loss)
     tokens: int                 # evaluated: all but the first
     bytes: int                  # UTF-8 bytes that these tokens stand for

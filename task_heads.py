@@ -20,7 +20,7 @@ from base import PreTrainedModel, as_usual
 
 
 class Head(PreTrainedModel):
-    """A backbone with a linear layer on top, which `head` names as in transformers' files."""
+    """A backbone with a linear layer on top.  `head` is its name, as in transformers' files."""
 
     backbone_class = None                                  # set in neo.py and neox.py
     bias = True
@@ -38,7 +38,7 @@ class Head(PreTrainedModel):
         return config.num_labels
 
     def hidden_states(self, input_ids, attention_mask, position_ids, **how):
-        """The backbone's output without its last hidden states, and these: (B, T, C)."""
+        """The backbone's ModelOutput, and its last hidden states (B, T, C) taken out of it."""
         out = self.transformer(input_ids, attention_mask, position_ids, **how)
         x, out.last_hidden_state = out.last_hidden_state, None
         return out, x
