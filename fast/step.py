@@ -25,6 +25,7 @@ import shutil
 
 import torch
 import torch.nn.functional as F
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from attention import at_least_float32
 from fast.linear import Instead, few_rows
@@ -117,6 +118,7 @@ class Step:
 
     def __init__(self, model, cache):
         check_compiler(model.device)
+        keep_code_apart()
         check_dropout(model)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST)
         self.model, self.cache = model, cache
@@ -182,6 +184,17 @@ def check_dropout(model):
     if any(isinstance(rate, float) and rate > 0 for rate in rates):
         raise RuntimeError("compile=True decodes without dropout, and this model is in training "
                            "mode; call model.eval() first")
+
+
+def keep_code_apart():
+    """Give the compiled code of other instructions a folder of its own.
+
+    torch keeps compiled code on disk and does not ask for which instructions it was made.  With the
+    code of another ATEN_CPU_CAPABILITY a process ended in "double free or corruption".
+    """
+    instructions = os.environ.get("ATEN_CPU_CAPABILITY")
+    if instructions and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{instructions}"
 
 
 def check_compiler(device):

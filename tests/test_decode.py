@@ -1,5 +1,6 @@
 """The compiled step gives what the model gives: logits, and so the same text."""
 
+import os
 import shutil
 
 import pytest
@@ -124,3 +125,17 @@ def test_no_compiler(monkeypatch, capsys):
     assert generate.main(["HAMLET.", "--compile", "--device", "cpu"]) == 2
     out = capsys.readouterr()
     assert out.err.startswith("error: compiled decoding needs a C++ compiler") and out.err.count("\n") == 1
+
+
+def test_code_for_other_instructions_is_kept_apart(monkeypatch):
+    """Code made under ATEN_CPU_CAPABILITY=avx2 crashed a process without it: torch's cache does not tell them apart."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    decode.keep_code_apart()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    decode.keep_code_apart()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith("_avx2")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    decode.keep_code_apart()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
