@@ -657,11 +657,11 @@ def triton_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq (B, H, T, D), dk and dv (B, H, S, D) from the gradient do (B, H, T, D)."""
     (_, H, T, _), S = q.shape, k.size(2)
-    do, shrink = magnified(do) if do.dtype == torch.float16 else (do, None)
+    do, undo = magnified(do) if do.dtype == torch.float16 else (do, None)
     do = do if do.stride(-1) == 1 else do.contiguous()
     delta, dq, dk, dv = (torch.empty_like(x) for x in (m, q, k, v))
     inputs = (q, k, v, key_mask, do, m, l, delta)
-    strides, sizes = [x.stride() for x in (q, k, v, do)], (H, T, S, window, scale, shrink)
+    strides, sizes = [x.stride() for x in (q, k, v, do)], (H, T, S, window, scale, undo)
     launch(dq_kernel, T, q, (*inputs, dq, *strides, dq.stride(), *sizes))
     launch(dkv_kernel, S, q, (*inputs, dk, dv, *strides, dk.stride(), dv.stride(), *sizes))
     return dq, dk, dv

@@ -193,8 +193,9 @@ def keep_code_apart():
     code of another ATEN_CPU_CAPABILITY a process ended in "double free or corruption".
     """
     instructions = os.environ.get("ATEN_CPU_CAPABILITY")
-    if instructions and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{instructions}"
+    default = default_cache_dir()                          # which torch itself writes there too
+    if instructions and os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) == default:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default}_{instructions}"
 
 
 def check_compiler(device):

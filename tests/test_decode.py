@@ -136,6 +136,9 @@ def test_code_for_other_instructions_is_kept_apart(monkeypatch):
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     decode.keep_code_apart()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith("_avx2")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", decode.default_cache_dir())      # as torch writes it at its first use
+    decode.keep_code_apart()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith("_avx2")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
     decode.keep_code_apart()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
