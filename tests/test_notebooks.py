@@ -383,10 +383,10 @@ def test_exercise_says_in_one_line_what_is_wrong(capsys):
 
 
 def test_show_links_to_the_lines(monkeypatch):
-    """The link is relative, and its lines are the ones that are shown."""
+    """The link is relative, and its lines are the ones that are shown, of a decorated method too."""
     shown = []
     monkeypatch.setattr(lesson, "display", lambda *objects: shown.extend(objects))
-    lesson.show(neo.Attention, neo.Block.forward)
+    lesson.show(neo.Attention, neo.Block.forward, neo.GPTNeoForCausalLM.forward)
     for link, text in zip(shown[::2], shown[1::2]):
         name, first, last, path = re.fullmatch(r"\[(\S+), lines (\d+) to (\d+)\]\((\S+?)#L\2-L\3\)", link.data).groups()
         assert (name, path) == ("neo.py", "../neo.py")
