@@ -119,6 +119,18 @@ def attention(q, k, v, *, scale, window=None, backend="auto", key_mask=None, dro
     The softmax is computed in at least float32 in both families.
     `mask_twice`: mask as GPT-Neo does, see `naive`; the fused backends do not need it.
 
+    A query that may read no key: in a padded batch, some queries find nothing but padding among the
+    keys that they may read.  Their output is finite with every backend, but not the same:
+
+        naive           an average of the values, as in transformers
+        sdpa            attention without any mask (in a local layer, to the keys of its block)
+        triton, flash   0
+
+    This changes nothing for real tokens.  A query may always read its own key unless that key is
+    padding, so a query without a key is padding itself; and no other query reads the key and the
+    value of a padding token, in this layer or in a later one.  So the difference stays in the rows
+    of the padding, whose hidden states and logits nobody should use (labels there are -100).
+
     Returns (B, H, T, D) in v's dtype; with `return_weights` also the weights (B, H, T, S).
     Raises ValueError for shapes that do not fit and for a backend that is unknown or cannot do what
     is asked, ImportError for a backend whose package is missing.

@@ -146,9 +146,19 @@ positive.__name__ = "number above 0 and below 2^31"            # for argparse's 
 
 
 def arguments(argv):
-    parser = Parser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
+    """The options, parsed and checked; if they are wrong, the program ends with status 2."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser.add_argument)
+    args = parser.parse_args(argv)
+    if args.what == "gpu" and not args.out:
+        parser.error("gpu needs --out DIR")
+    for path in filter(None, (args.json, args.plot)):          # hours before it is written
+        if Path(path).is_dir() and path == args.json or not Path(path).absolute().parent.is_dir():
+            parser.error(f"{plain(path)} cannot be written: name a file in a folder that is there")
+    return args
+
+
+def add_options(option):
     option("what", choices=[*COMMANDS, "all"])
     option("--model", choices=SHAPES, default="gpt-neo-125m",
            help="an official shape; the weights are random")
@@ -183,13 +193,6 @@ def arguments(argv):
     option("--minutes", type=float, default=7.5,
            help="gpu: time for the whole run (default 7.5); what does not fit is listed")
     option("--json", metavar="FILE", help="also write every figure to a file")
-    args = parser.parse_args(argv)
-    if args.what == "gpu" and not args.out:
-        parser.error("gpu needs --out DIR")
-    for path in filter(None, (args.json, args.plot)):          # hours before it is written
-        if Path(path).is_dir() and path == args.json or not Path(path).absolute().parent.is_dir():
-            parser.error(f"{plain(path)} cannot be written: name a file in a folder that is there")
-    return args
 
 
 @whole_output

@@ -332,7 +332,7 @@ def explain(search, chosen, base):
         if search.whole(patches)[0].place > state.place:
             found += explain(search, (*chosen, mistake), patches)
     if not found and len(chosen) + 2 <= AT_ONCE:
-        for pair, patches in pairs(search, chosen, base, state, rows, singles):
+        for pair, patches in pairs(search, chosen, state, rows, singles):
             found += explain(search, (*chosen, *pair), patches)
     return found
 
@@ -359,7 +359,7 @@ def tried(search, chosen, base, state, rows):
     return singles
 
 
-def pairs(search, chosen, base, state, rows, singles):
+def pairs(search, chosen, state, rows, singles):
     """Yield (two mistakes, patches) that put right the first wrong position of the first wrong row.
 
     singles: what `tried` returned.  Mistakes that leave this row as it is are not paired.

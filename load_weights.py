@@ -364,13 +364,6 @@ def read_state(name_or_folder, paths, model, dtype, device, kind=None, stored=Fa
     tied = "lm_head.weight" in wanted and model.config.tie_word_embeddings
     inside = "" if hasattr(model, "transformer") else "transformer."       # a base model by itself
     state, seen, problems = {}, set(), []
-
-    def keep(name, ours, tensor, as_integers):
-        try:
-            state.update(as_kept(ours, tensor, dtype, device, kind if as_integers else None))
-        except ValueError as error:
-            problems.append(f"tensor {plain(name)} cannot become integers: {error}")
-
     for name, tensor in tensors_of(paths, "quantizing" if integers else "loading",
                                    bool(integers or shared)):
         if (ours := name_in_model(name, table, wanted, inside)) is None:
@@ -380,13 +373,15 @@ def read_state(name_or_folder, paths, model, dtype, device, kind=None, stored=Fa
         else:
             dtype = dtype or tensor.dtype
             kept = piece(ours, tensor, model.config) if shared else tensor
-            keep(name, ours, kept, ours in integers and not (tied and ours == "lm_head.weight"))
+            rounds = ours in integers and not (tied and ours == "lm_head.weight")
+            problems += add_tensor(state, name, ours, kept, dtype, device, kind if rounds else None)
         seen.add(ours)
     if tied:
         problems += tie(state)
         seen.add("lm_head.weight")
         if "lm_head.weight" in integers and "lm_head.weight" in state:
-            keep("lm_head.weight", "lm_head.weight", state.pop("lm_head.weight"), True)
+            problems += add_tensor(state, "lm_head.weight", "lm_head.weight",
+                                   state.pop("lm_head.weight"), dtype, device, kind)
     if model.head is not None and not any(name.startswith(model.head) for name in seen):
         state |= (fresh := fresh_head(model, wanted, dtype or torch.float32, device,
                                       name_or_folder))
@@ -443,13 +438,21 @@ def tensors_of(paths, doing, apart):
                         unit=" tensors", leave=False, disable=None)
 
 
-def as_kept(ours, tensor, dtype, device, kind):
-    """{our name: tensor in the model's dtype}, or the three parts of a quantized matrix."""
+def add_tensor(state, name, ours, tensor, dtype, device, kind):
+    """Add a tensor to the state: in the model's dtype or, with a kind, as a quantized matrix.
+
+    Returns a list of problems, which names the tensor as the file does if it cannot be quantized.
+    """
     stem, _, part = ours.rpartition(".")
-    if kind:
-        parts = zip(quantize.PARTS, quantize.quantize(tensor, kind))
-        return {f"{stem}.{name}": x.to(device) for name, x in parts}
-    return {ours: tensor.to(device=device, dtype=quantize.PARTS.get(part, dtype))}
+    if not kind:
+        state[ours] = tensor.to(device=device, dtype=quantize.PARTS.get(part, dtype))
+        return []
+    try:
+        parts = quantize.quantize(tensor, kind)
+    except ValueError as error:
+        return [f"tensor {plain(name)} cannot become integers: {error}"]
+    state.update((f"{stem}.{part}", x.to(device)) for part, x in zip(quantize.PARTS, parts))
+    return []
 
 
 QUANTIZED = {"GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),

@@ -204,21 +204,14 @@ class Tokenizer:
         if truncation:
             rows = self._truncate(rows, max_length or self.model_max_length,
                                   padding and pad_to_multiple_of)
-        out = {"input_ids": [row + pair for row, pair in zip(rows, pairs)],
-               "token_type_ids": [[0] * len(row) + [1] * len(pair)
-                                  for row, pair in zip(rows, pairs)],
-               "attention_mask": [[1] * (len(row) + len(pair)) for row, pair in zip(rows, pairs)]}
-        wanted = dict(token_type_ids=return_token_type_ids, attention_mask=return_attention_mask)
-        for name, want in wanted.items():
-            if not (name in self.model_input_names if want is None else want):
-                del out[name]
+        out = self._inputs(rows, pairs, token_type_ids=return_token_type_ids,
+                           attention_mask=return_attention_mask)
         self._pad(out, padding, max_length, pad_to_multiple_of, padding_side)
         if return_tensors is None and isinstance(text, str):
             return Encoding({name: rows[0] for name, rows in out.items()})
         return as_tensors(out, return_tensors)
 
     batch_encode_plus = encode_plus = __call__
-
 
     def _encode_pairs(self, text, text_pair, rows, truncation):
         """The ids of the second texts; [] for each text where there is none."""
@@ -231,6 +224,20 @@ class Tokenizer:
             raise ValueError("pairs of texts are not truncated here: leave out truncation "
                              "and max_length")
         return [self._encode(pair) for pair in pairs]
+
+    def _inputs(self, rows, pairs, **wanted):
+        """{name: rows} of what a model is called with, before padding.
+
+        wanted: {name: whether it was asked for, or None where model_input_names decides}.
+        """
+        both = [*zip(rows, pairs)]
+        out = {"input_ids": [row + pair for row, pair in both],
+               "token_type_ids": [[0] * len(row) + [1] * len(pair) for row, pair in both],
+               "attention_mask": [[1] * (len(row) + len(pair)) for row, pair in both]}
+        for name, want in wanted.items():
+            if not (name in self.model_input_names if want is None else want):
+                del out[name]
+        return out
 
     def _truncate(self, rows, length, multiple):
         """At most `length` ids of each row.  multiple: what the rows will be padded to, or None."""

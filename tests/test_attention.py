@@ -56,6 +56,22 @@ def test_naive_is_the_formula(seed):
         assert torch.allclose(weights[b, h, row, keys], p, atol=1e-12)
 
 
+def test_a_query_without_a_key():
+    """What `attention` says of each backend; the real tokens behind the padding are the same in all."""
+    (q, k, v) = (torch.randn(1, 2, 6, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    key_mask = torch.arange(6)[None] >= 3
+    how = dict(scale=0.25, key_mask=key_mask)
+    out = {name: A.attention(q, k, v, **how, backend=name) for name in ("naive", "sdpa", "triton")}
+    _, weights = A.attention(q, k, v, **how, return_weights=True)
+    twice, weights_twice = A.attention(q, k, v, **how, mask_twice=True, return_weights=True)
+    for average, p in ((out["naive"], weights), (twice, weights_twice)):
+        assert torch.allclose(p[:, :, :3].sum(-1), torch.ones(())) and torch.equal(p @ v, average)
+    assert torch.allclose(out["sdpa"][:, :, :3], ((q @ k.mT * 0.25).softmax(-1) @ v)[:, :, :3], atol=1e-6)
+    assert not out["triton"][:, :, :3].any()
+    for x in (out["sdpa"], out["triton"], twice):
+        assert torch.allclose(x[:, :, 3:], out["naive"][:, :, 3:], atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_sdpa_errs_no_more_than_naive(dtype):
     """Error against float64, normed over 60 calls together: at most 1.1 times naive's own; the

@@ -32,9 +32,6 @@ import lesson  # noqa: E402
 MODULES = sorted(path for folder in ("", "training", "fast") for path in (ROOT / folder).glob("*.py"))
 NUMBERS = ["0", "1", "2", "3", "3b", "4", "5", "6", "6b"]
 SHORT = {"3", "3b", "6", "6b"}                             # their notebooks have at most 65 cells
-# Not yet in the form that every notebook is to have; empty in the end.
-UNCONVERTED = [
-]
 # (notebook, function): three times the arguments and what is then to be seen: texts of the picture or of what is
 # printed, or a function of the list of axes.
 SLIDERS = {
@@ -89,7 +86,6 @@ def hands_at(axes, position):
 
 
 notebooks = pytest.mark.parametrize("name", build.NAMES)
-converted = pytest.mark.parametrize("name", [name for name in build.NAMES if name not in UNCONVERTED])
 
 
 def source(name):
@@ -164,7 +160,7 @@ def test_shape(name):
         assert "<summary>Hint" in text and ast.parse(solution(text)).body
 
 
-@converted
+@notebooks
 def test_opening(name):
     """Title with its number, a link to the glossary, and the minutes that a reader and the exercises need, in the tables too."""
     notebook = committed(name)
@@ -188,7 +184,7 @@ def test_opening(name):
 DIFFICULTY = r"^Difficulty [1-5] of 5 · (\d+) minutes"
 
 
-@converted
+@notebooks
 def test_headings(name):
     """`## 1. Title` in order, `### Exercise 2.4 · title` with its line, `## In three sentences`, `## Further`; no others."""
     number = number_of(name)
@@ -206,7 +202,7 @@ def test_headings(name):
     assert len(re.split(r"(?<=[.!?])\s+", summary)) == 3, summary
 
 
-@converted
+@notebooks
 def test_form(name):
     """No cell is named by its place, sources are shown by `show`, three wrong answers an exercise, few cells."""
     notebook = committed(name)
@@ -219,7 +215,7 @@ def test_form(name):
     assert number_of(name) not in SHORT or len(notebook.cells) <= 65
 
 
-@converted
+@notebooks
 def test_pictures_have_alternative_texts(name):
     """A sentence for each picture in an output, where its readers look, and for each picture in the text."""
     for cell in code(committed(name)):
@@ -265,7 +261,7 @@ def test_claims_are_held(name):
     """The words stand in the notebook, and what holds them is there and asserts something."""
     notebook, rows = committed(name), claims()[number_of(name)]
     text = " ".join(" ".join(markdown(notebook)).split())
-    assert rows or name in UNCONVERTED
+    assert rows
     for words, holder in rows:
         assert " ".join(words.split()) in text, f"not in the text: {words}"
         holder = holder.strip("`")
@@ -289,7 +285,7 @@ def test_shown_code_is_the_code(name):
                 assert any(file[i:i + len(lines)] == lines for i in range(len(file))), (found[0], "make notebooks")
 
 
-@converted
+@notebooks
 def test_defines_nothing_that_the_modules_define(name):
     taken = {node.name for path in MODULES for node in ast.parse(path.read_text(encoding="utf-8")).body
              if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
@@ -308,7 +304,7 @@ def test_all_are_there_and_small():
         assert f"(notebooks/{name}.ipynb)" in readme and f"notebooks/pictures/{name}.png" in readme
         assert build.cover(committed(name)) == (ROOT / "notebooks" / "pictures" / f"{name}.png").read_bytes()
     assert sum((ROOT / "notebooks" / f"{name}.ipynb").stat().st_size for name in build.NAMES) < 12e6
-    assert sum(len(exercises(name)) for name in build.NAMES) >= 18
+    assert sum(len(exercises(name)) for name in build.NAMES) >= 25
 
 
 # ---- lesson.py ----
@@ -472,7 +468,7 @@ def test_sliders(name, function, monkeypatch, capsys, as_before):
 
 def test_no_slider_is_forgotten():
     """Each cell tagged "interactive" defines a function of the table."""
-    defined = {(name, function) for name in build.NAMES if name not in UNCONVERTED for c in code(build.read(name))
+    defined = {(name, function) for name in build.NAMES for c in code(build.read(name))
                if build.tagged(c, "interactive") for function in re.findall(r"^def (\w+)\(", c.source, re.MULTILINE)}
     assert defined <= set(SLIDERS)
 
