@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import at_least_float32, choose_backend
-from fast.linear import WEIGHT_FIRST, Instead, is_few
+from fast.linear import is_few, weight_first
 from fast.slices import in_slices
 from files import shown
 from load_weights import load_pretrained, save_pretrained
@@ -351,7 +351,7 @@ class PreTrainedModel(nn.Module):
         if self.gradient_checkpointing and self.training and how.get("cache") is None:
             return checkpoint(functools.partial(part, **how), x, **self.gradient_checkpointing)
         if is_few(x) and not self.exact:
-            with Instead(WEIGHT_FIRST):
+            with weight_first(part):
                 return part(x, **how)
         return part(x, **how)
 

@@ -1,25 +1,16 @@
-"""A faster matrix product for one new token, and how a layer is made to use it.
+"""A faster matrix product for one new token, and how the layers of a model are made to use it.
 
-Layers are called as always and their weights are never read; only the function that they call,
-F.linear, is replaced.  So hooks, wrappers, subclasses, parametrizations and quantized layers work
-as usual.
+Layers are called as always, with their hooks and wrappers.  Only what a call of a plain nn.Linear
+computes is replaced, and only while a block or the output head runs.
 """
+
+import contextlib
+import functools
+import threading
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-
-
-class Instead(TorchFunctionMode):
-    """A context in which functions of torch are replaced: `with Instead({F.linear: mine}): ...`"""
-
-    def __init__(self, table):
-        super().__init__()
-        self.table = table
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return self.table.get(function, function)(*args, **(kwargs or {}))
 
 
 def few_rows(x, weight, bias=None):
@@ -43,12 +34,47 @@ def is_few(x):
             and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())
 
 
-def weight_first(x, weight, bias=None):
-    """F.linear; by few_rows where it can take x, and the weight is a plain tensor of x's dtype."""
+def linear(layer, x):
+    """nn.Linear.forward, by few_rows if it can take x and the weight is a plain tensor."""
+    weight = layer.weight
     plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype == x.dtype
     if plain and is_few(x):
-        return few_rows(x[:, 0], weight, bias)[:, None]
-    return F.linear(x, weight, bias)
+        return few_rows(x[:, 0], weight, layer.bias)[:, None]
+    return F.linear(x, weight, layer.bias)
 
 
-WEIGHT_FIRST = {F.linear: weight_first}
+TORCHS_OWN = nn.Linear.forward, F.linear
+LOCK = threading.Lock()
+INSIDE = {}             # part: [how many threads are inside weight_first(part), its changed layers]
+
+
+@contextlib.contextmanager
+def weight_first(part):
+    """A context in which the plain linear layers of `part`, a module, compute by `linear`.
+
+    A plain layer is an nn.Linear itself.  A subclass, a wrapper, a quantized or parametrized layer
+    and a layer with a forward of its own compute what they always do.  A layer is changed by an
+    attribute of its own, so no other model is, and it is changed back when no thread is inside.
+    """
+    with LOCK:
+        if part not in INSIDE:
+            INSIDE[part] = [0, changed_layers(part)]
+        INSIDE[part][0] += 1
+    try:
+        yield
+    finally:
+        with LOCK:
+            INSIDE[part][0] -= 1
+            if not INSIDE[part][0]:
+                for layer in INSIDE.pop(part)[1]:
+                    vars(layer).pop("forward", None)
+
+
+def changed_layers(part):
+    """Give the plain layers of `part` another forward, and return them."""
+    if (nn.Linear.forward, F.linear) != TORCHS_OWN:        # somebody else has replaced them
+        return []
+    layers = [x for x in part.modules() if type(x) is nn.Linear and "forward" not in vars(x)]
+    for layer in layers:
+        vars(layer)["forward"] = functools.partial(linear, layer)
+    return layers

@@ -3,6 +3,9 @@
 The sizes from which slices are taken are patched down, so that tiny tensors take them.
 """
 
+import copy
+from threading import Event, Thread
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -15,8 +18,8 @@ import base
 import neo
 import neox
 from attention import KVCache, attention
-from fast import slices, step
-from fast.linear import WEIGHT_FIRST, Instead, few_rows
+from fast import linear, slices, step
+from fast.linear import few_rows, weight_first
 from helpers import ours, random_case, reference, relative, widen
 
 TARGETS = torch.tensor([1, -100, 3, 2, 0, 1, 2])
@@ -234,7 +237,7 @@ def test_few_rows_are_a_linear_layer(rows, bias):
     layer, x = torch.nn.Linear(768, 301, bias=bias), torch.randn(rows, 1, 768)
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     plain = layer(x)
-    with Instead(WEIGHT_FIRST):
+    with weight_first(layer):
         assert torch.equal(layer(x), plain)                # gradients are wanted
         with torch.no_grad():
             found = layer(x)
@@ -243,16 +246,71 @@ def test_few_rows_are_a_linear_layer(rows, bias):
     assert (found - exact).norm() <= 1.5 * (plain - exact).norm()
 
 
+def layers_with_a_forward(module):
+    return [name for name, layer in module.named_modules() if "forward" in vars(layer)]
+
+
+@torch.no_grad()
+def test_only_a_plain_linear_layer_adds_in_another_order():
+    """And a layer is as before when the block is done, also after an error."""
+    kinds = {"plain": lambda x: x, "subclass": louder, "forward of its own": own_forward, "wrapper": Lora,
+             "parametrized": lambda x: torch.nn.utils.parametrize.register_parametrization(x, "weight", Doubled())}
+    part = torch.nn.ModuleDict({name: make(torch.nn.Linear(768, 301)) for name, make in kinds.items()})
+    x, before = torch.randn(1, 1, 768), layers_with_a_forward(part)
+    with pytest.raises(RuntimeError, match="shapes"), weight_first(part):
+        inside = {name: layer(x) for name, layer in part.items()}
+        part["plain"](x[..., :5])
+    assert layers_with_a_forward(part) == before == ["forward of its own"] and not linear.INSIDE
+    plain = part["plain"]
+    assert torch.equal(inside["plain"], few_rows(x[0], plain.weight, plain.bias)[None])
+    for name in ("subclass", "forward of its own", "parametrized"):
+        assert torch.equal(inside[name], part[name](x)), name
+    assert relative(inside["wrapper"], part["wrapper"](x)) < 1e-6
+
+
+@torch.no_grad()
+def test_a_replaced_linear_of_torch_is_called(monkeypatch):
+    layer, x = torch.nn.Linear(8, 4), torch.randn(1, 1, 8)
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: x[..., :4] + 1)
+    with weight_first(layer):
+        assert torch.equal(layer(x), x[..., :4] + 1)
+
+
+@torch.no_grad()
+def test_two_threads_in_one_model():
+    """The one that leaves first takes nothing from the other; a copy made inside is whole."""
+    layer, x, entered, go_on = torch.nn.Linear(768, 301), torch.randn(1, 1, 768), Event(), Event()
+    found = []
+
+    @torch.no_grad()
+    def other():
+        with weight_first(layer):
+            entered.set()
+            go_on.wait()
+            found.append(layer(x))
+
+    thread = Thread(target=other, daemon=True)
+    with weight_first(layer):
+        thread.start()
+        entered.wait()
+        copied = copy.deepcopy(layer)
+    assert layers_with_a_forward(layer)
+    go_on.set()
+    thread.join()
+    assert torch.equal(found[0], few_rows(x[0], layer.weight, layer.bias)[None]) and not layers_with_a_forward(layer)
+    copied.weight.zero_()
+    assert torch.equal(copied(x)[0, 0], layer.bias) and not torch.equal(layer(x)[0, 0], layer.bias)
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_reference_s_arithmetic_is_a_switch(family):
     """By default on with naive attention alone; it changes no attention, and attention does not change it."""
     model, taken = model_of(family, torch.float32, attn_implementation="naive"), []
-    table = {F.linear: lambda *args: (taken.append(1), F.linear(*args))[1]}
 
     def uses_few_rows():
         taken.clear()
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(base, "WEIGHT_FIRST", table)
+            patch.setattr(linear, "few_rows", lambda *args: (taken.append(1), few_rows(*args))[1])
             model(IDS[:, :1])
         return bool(taken)
 
