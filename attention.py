@@ -272,8 +272,9 @@ class KVCache:
                 key_mask = key_mask[:, -ring:].roll((past + 1) % ring, dims=1)
             return keys, values, key_mask
 
-        # A chunk that does not fit into the ring: its first queries still read keys whose slots its
-        # last tokens will take.  So copy the old keys, in order, with the new ones; then overwrite.
+        # The chunk does not fit into the free slots.  Its first queries still read old keys whose
+        # slots its last tokens will take.  So first copy the old keys, in order, with the new ones
+        # behind them, and then overwrite the slots.
         kept = min(past, ring)
         old = torch.arange(past - kept, past, device=k.device) % ring
         new = torch.arange(past + T - min(T, ring), past + T, device=k.device)
@@ -321,7 +322,7 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
     block = max(window, 64)                    # smaller blocks: the calls cost more than they save
     parts = []
     for rows in q.split(block, dim=-2):
-        end = S - T + sum(part.size(-2) for part in parts) + rows.size(-2)  # last row's key, + 1
+        end = S - T + sum(part.size(-2) for part in parts) + rows.size(-2)  # last row's key + 1
         begin = max(0, end - rows.size(-2) - window + 1)                    # first row's first key
         parts.append(fused(rows, k[:, :, begin:end], v[:, :, begin:end], scale, window,
                            None if key_mask is None else key_mask[:, begin:end], dropout))
@@ -329,7 +330,7 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
 
 
 def fused(q, k, v, scale, window, key_mask, dropout):
-    """One call of torch's kernel, with a mask only where is_causal is not enough."""
+    """One call of torch's kernel; it gets a mask only if its option is_causal is not enough."""
     T, S = q.size(-2), k.size(-2)
     square = T == S and (window is None or window >= S)
     everything = T == 1 and (window is None or window >= S)
@@ -365,9 +366,9 @@ def in_plain_operations(q, k, v, **options):
 class DerivableTwice(torch.autograd.Function):
     """y, the result of a fused kernel, with a gradient that can be differentiated again.
 
-    A fused kernel's own gradient cannot.  With create_graph=True or torch.func, the gradient is
-    instead that of `plain`, the same function of q, k and v in torch's plain operations, and the
-    kernel gets none.
+    The gradient of a fused kernel cannot be differentiated.  So with create_graph=True, or under
+    torch.func, the backward pass returns the gradient of `plain`, which computes the same function
+    of q, k and v by torch's plain operations, and passes none to the kernel.
     """
 
     generate_vmap_rule = True
@@ -435,7 +436,7 @@ if torch.cuda.is_available() or asked_to_interpret() or "triton" in sys.modules:
 
 def jit(kernel):
     """triton.jit; without Triton the function itself, which then cannot be run."""
-    # do_not_specialize: otherwise Triton would compile anew for some of the lengths.
+    # do_not_specialize: otherwise Triton would compile again for some of the lengths.
     return kernel if triton is None else triton.jit(kernel, do_not_specialize=("T", "S", "window"))
 
 
@@ -794,7 +795,7 @@ def flash(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
     if key_mask is None:
         return flash_attn.flash_attn_func(q, k, v, **how).transpose(1, 2)
 
-    runs = (key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1) + key_mask[:, 0]    # (B,) stretches of keys
+    runs = (key_mask[:, 1:] & ~key_mask[:, :-1]).sum(1) + key_mask[:, 0]    # (B,) 1: without a gap
     if "window_size" in how and runs.gt(1).any():
         raise ValueError("attention backend 'flash' packs the keys of a padded batch side by side, "
                          "so a gap between them would change the window; use 'sdpa' or 'naive'")
@@ -808,7 +809,7 @@ def flash(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fal
 
 
 def import_flash():
-    """The flash_attn module, or ImportError with the reason, whatever broke its import."""
+    """Return the module flash_attn.  Raises ImportError, with the reason, if importing it fails."""
     try:
         import flash_attn
         return flash_attn

@@ -112,7 +112,7 @@ def next_token_loss(logits, labels):
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)          # label t + 1 at place t
     targets = targets.to(logits.device, torch.long)                         # (N,) with N = B * T
     log_p = log_probability(logits.reshape(-1, logits.size(-1)), targets)   # (N, 1)
-    return F.nll_loss(log_p, targets.clamp(max=0), ignore_index=-100)       # only class 0, or -100
+    return F.nll_loss(log_p, targets.clamp(max=0), ignore_index=-100)       # log_p: only class 0
 
 
 @in_slices(2**20)
@@ -134,7 +134,7 @@ def check_labels(labels, logits):
     low, high = value_range(labels.where(labels != -100, 0), (0, 0))
     if low < 0 or high >= V:
         raise ValueError(f"labels range from {low} to {high}; they must be token ids from 0 to "
-                         f"{V - 1}, or -100 where a token is not to be scored")
+                         f"{V - 1}, or -100 to leave a token out of the loss")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def check_labels(labels, logits):
 def value_range(tensor, unknown):
     """The least and the greatest value of a tensor, or `unknown` if its values cannot be read.
 
-    They cannot on the meta device, under torch.func.vmap, and while torch.compile or torch.export
+    That is so on the meta device, under torch.func.vmap, and while torch.compile or torch.export
     traces the model.
     """
     if torch.compiler.is_compiling() or tensor.is_meta:

@@ -16,7 +16,7 @@ import torch
 from files import error_line, plain
 from originals.neox import NUMPY_STATE
 
-LARGEST_PICKLE = 2**20           # bytes; the list of GPT-NeoX-20B's 660 tensors has an eighth of it
+LARGEST_PICKLE = 2**20           # bytes; GPT-NeoX-20B's list of 660 tensors is an eighth of this
 MOST_STEPS = 300_000             # in a pickle; a tensor takes about 30
 
 
@@ -28,7 +28,7 @@ def read_bin(path, module=False):
     and for one that would take much more time or memory than its weights need.
     """
     try:
-        zipped = zipfile.is_zipfile(path)               # torch < 1.6 wrote no zip: not to be mapped
+        zipped = zipfile.is_zipfile(path)       # torch before 1.6 wrote none; that cannot be mapped
         check_size(path, zipped)
         with torch.serialization.safe_globals(NUMPY_STATE if module else []):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

@@ -20,7 +20,7 @@ from files import shown
 from load_weights import read_config
 
 MOST_LAYERS = 1000                  # larger models would take minutes to build
-LARGEST_SIZE = 2**28                # the bytes of a matrix with two such sizes still fit 64 bits
+LARGEST_SIZE = 2**28                # a matrix with two such sizes: its bytes fit into 64 bits
 
 
 def frozen(cls):
@@ -52,7 +52,7 @@ class Config:
         self.check()
 
     def fill_in(self):
-        """Replace None in a field by the value that it stands for."""
+        """Replace a None that stands for another value by that value."""
 
     @classmethod
     def from_pretrained(cls, name_or_folder, revision=None, **hub):
@@ -106,7 +106,7 @@ def refuse(field, value, supported):
 
 
 # Fields that transformers obeys in every config, although neither family uses them: pruning, caches
-# shared among layers (cache_utils.py), cross-attention.  With one of them set, the file describes
+# shared among layers (cache_utils.py), cross-attention.  If one of them is set, the file describes
 # another model.
 ABSENT = ("pruned_heads", "num_kv_shared_layers", "is_encoder_decoder", "add_cross_attention")
 

@@ -75,7 +75,10 @@ def replace_closed_stderr():
 
 
 def replace_what_cannot_be_written(output):
-    """Let `output` write ? for characters that its encoding lacks; returns the list of them."""
+    """Let `output` write ? for characters that its encoding lacks; returns a list of them.
+
+    The list fills up while text is written.
+    """
     replaced = []
 
     def replace(error):
@@ -91,9 +94,9 @@ def replace_what_cannot_be_written(output):
 def say_what_was_replaced(replaced):
     """Say which characters `replace_what_cannot_be_written` has replaced, if any."""
     if replaced:
-        print(f"standard output is {sys.stdout.encoding}, which has no "
-              f"{' '.join(sorted(set(replaced)))}: written as ?.  PYTHONIOENCODING=utf-8 "
-              "has the text written whole", file=sys.stderr)
+        print(f"standard output is in the encoding {sys.stdout.encoding}, which has no "
+              f"{' '.join(sorted(set(replaced)))}: written as ?.  With PYTHONIOENCODING=utf-8 the "
+              "whole text is written", file=sys.stderr)
 
 
 def discard_output():
@@ -119,7 +122,7 @@ def whole_output(main):
             discard_output()
         except OSError as error:
             discard_output()
-            if status != 2:                                # otherwise main has said it already
+            if status != 2:                                # 2: main has printed an error already
                 print(f"error: standard output: {error.strerror}", file=sys.stderr)
             return 2
         finally:
@@ -132,13 +135,13 @@ def whole_output(main):
 # Reading
 # ------------------------------------------------------------------------------------------------
 
-LARGEST = 2**26                    # bytes; GPT-NeoX-20B's tokenizer.json has a thirtieth of it
+LARGEST = 2**26                    # bytes; GPT-NeoX-20B's tokenizer.json is a thirtieth of this
 
 
 def read_small(path):
     """The bytes of a file other than the weights.  Raises ValueError if there are too many."""
     if (size := os.path.getsize(path)) > LARGEST:
-        raise ValueError(f"{plain(path, 1000)} is not the file of a checkpoint: it "
+        raise ValueError(f"{plain(path, 1000)} is too large to be a file of a checkpoint: it "
                          f"has {size} bytes")
     return Path(path).read_bytes()
 
@@ -168,7 +171,7 @@ def read_text(name):
 def read_json(path, unique=False):
     """The object in a JSON file.  Raises ValueError, with the file's name, if there is none.
 
-    unique: also if an object has the same key twice, of which Python would take the last.
+    unique: raise it also if an object has the same key twice; Python would take the last value.
     """
     data = read_small(path)
     try:
@@ -235,7 +238,7 @@ def fetch_from_hub(repo, filename, revision, required, how):
     """
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # slow to import
     from huggingface_hub.utils import logging
-    logging.set_verbosity_error()                          # no warnings of its retries
+    logging.set_verbosity_error()                          # no warnings about its retries
 
     where = f"{repo} (revision {revision})" if revision else repo
     try:
@@ -243,7 +246,7 @@ def fetch_from_hub(repo, filename, revision, required, how):
             repo, filename, cache_dir=how["cache_dir"], revision=revision)
         if isinstance(known, str):
             return Path(known)
-        if known and not required:                         # the cache notes: not in this commit
+        if known and not required:                 # the cache knows: this commit has no such file
             return None
         return Path(hf_hub_download(repo, filename, revision=revision, **how))
     except errors.GatedRepoError:
@@ -351,7 +354,7 @@ def check_places(folder, names):
 
 
 def write_part(path, content, place):
-    """Write one file; an OSError names `place`, where the file is to be in the end."""
+    """Write one file; an OSError names `place`, the path that the file gets in the end."""
     try:
         if isinstance(content, bytes):
             path.write_bytes(content)

@@ -33,8 +33,8 @@ from originals.flax import write_flax
 from parallel import add_up, check_connected, check_parts, cut, piece
 from transformers_arguments import HUB, loading_options
 
-# '#' stands for the layer number, '*' for weight or bias.  None: a known name that is ignored.
-# On the left are the names in EleutherAI's files on the hub; a name without a rule is an error.
+# The names in EleutherAI's files on the hub -> our names.  '#' stands for the layer number, '*' for
+# weight or bias.  None means that the name is known and ignored; a name without a rule is an error.
 GPT_NEO = {
     "transformer.wte.weight":                          "transformer.embed.weight",
     "transformer.wpe.weight":                          "transformer.pos_embed.weight",
@@ -292,7 +292,7 @@ def with_changes(raw, changes, cls):
     if unknown := sorted(set(changes) - known):
         raise ValueError(f"{cls.__name__}.from_pretrained takes no {', '.join(unknown)}, and "
                          f"{cls.config_class.__name__} has no such field")
-    stale = set()                                          # fields of the file that say the same
+    stale = set()                                          # fields of the file that are replaced
     if {"num_labels", "id2label"} & set(changes):
         stale |= {"num_labels", "id2label", "label2id"}
     if "attention_types" in changes:
@@ -318,7 +318,10 @@ def read_generation_config(name_or_folder, revision, raw, cls, hub):
 
 
 class NoInit(TorchFunctionMode):
-    """Skip torch.nn.init: loading replaces its values, and on meta normal_ would import 150 MB."""
+    """A context in which the functions of torch.nn.init do nothing.
+
+    Loading replaces their values, and on the meta device normal_ would import modules of 150 MB.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -430,8 +433,8 @@ def name_in_model(name, table, wanted, inside):
 def tensors_of(paths, doing, apart):
     """Yield (name, tensor) of all files, with a progress bar that says `doing`.
 
-    apart: map each tensor by itself, for a model that keeps smaller ones instead; otherwise all
-    pages that were read would stay in memory.
+    apart: map each tensor by itself.  A model that keeps something smaller of each tensor needs
+    this, because otherwise all pages that were read would stay in memory.
     """
     for path in paths:
         yield from tqdm(read_tensors(path, apart), desc=f"{doing} {path.name}",
@@ -505,12 +508,15 @@ def missing_tensors(wanted, seen, table, inside):
 
 
 def fresh_head(model, wanted, dtype, device, name_or_folder):
-    """{name: tensor} of a task head, initialized as by init_weights; a warning says so."""
+    """{name: tensor} of a task head with random weights, as init_weights draws them.
+
+    A warning names these weights.
+    """
     fresh = {name: torch.zeros(p.shape) for name, p in wanted.items()
              if name.startswith(f"{model.head}.")}
     fresh[f"{model.head}.weight"].normal_(std=model.config.initializer_range)
-    warnings.warn(f"{', '.join(fresh)}: not in {name_or_folder}, so drawn afresh; train before use",
-                  stacklevel=5)
+    warnings.warn(f"{', '.join(fresh)}: not in {name_or_folder}, so drawn at random: train "
+                  "the model before you use it", stacklevel=5)
     return {name: tensor.to(device=device, dtype=dtype) for name, tensor in fresh.items()}
 
 
@@ -520,7 +526,7 @@ def misfit(name, tensor, ours, wanted, seen):
     if ours not in wanted:
         return f"unexpected tensor {plain(name)} {shape}"
     if ours in seen:
-        return f"tensor {name} stands there twice, under two names or in two files"
+        return f"tensor {name} is there twice, under two names or in two files"
     if shape != tuple(wanted[ours].shape):
         return f"tensor {name} has shape {shape}, expected {tuple(wanted[ours].shape)}"
     if (part := ours.rpartition(".")[2]) in quantize.PARTS:
@@ -586,7 +592,10 @@ def old_shards(folder):
 
 
 def save_flax(model, state, folder):
-    """The same with flax_model.msgpack, for a model of neo_jax.py; state is {our name: tensor}."""
+    """Write config.json, generation_config.json and flax_model.msgpack for a model of neo_jax.py.
+
+    state: {our name: tensor}.
+    """
     inside = "" if "transformer.embed.weight" in state else "transformer."
     named = official_names({inside + name: tensor for name, tensor in state.items()}, GPT_NEO)
     named = {name.removeprefix(inside): tensor for name, tensor in named.items()}
@@ -596,7 +605,7 @@ def save_flax(model, state, folder):
 
 
 def settings_files(model, architecture, dtype, **more):
-    """{name: content} of generation_config.json and config.json, which write_files needs last."""
+    """{name: content} of generation_config.json and config.json; write_files needs this order."""
     config = {"architectures": [architecture], **model.config.to_dict(),
               "torch_dtype": str(dtype).removeprefix("torch."), **more}
     generation = model.generation_config or {
@@ -654,7 +663,7 @@ class AutoModelForCausalLM:
 
 
 class AutoModelForSequenceClassification(AutoModelForCausalLM):
-    """The same choice for a classifier of texts."""
+    """The classifier of texts of either family, chosen in the same way."""
 
     kind = "SequenceClassification"
 

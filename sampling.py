@@ -49,7 +49,7 @@ class Settings:
 
     @classmethod
     def of(cls, model, given, config=None):
-        """Each setting from `given`, else `config`, else the checkpoint, else the default.
+        """Each setting from `given`, else from `config`, the checkpoint, or the default.
 
         given: {name: value}, what the caller asks for; None switches a setting off.  config: a dict
         or an object like transformers' GenerationConfig, where None means not set.  The ids of the
@@ -143,6 +143,7 @@ class Settings:
 
 
 def whole(value, least=0):
+    """Is it a whole number of at least this?  (True and False are not.)"""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -154,7 +155,7 @@ def list_of(right, value, least=0):
     return isinstance(value, list) and len(value) >= least and all(right(each) for each in value)
 
 
-def filled(value):
+def nonempty_text(value):
     return isinstance(value, str) and value != ""
 
 
@@ -176,7 +177,7 @@ CHECKS = {                                                 # what each setting m
     "max_new_tokens": (lambda x: whole(x, 1), "a whole number and at least 1"),
     "min_length": (whole, "a whole number, not negative"),
     "min_new_tokens": (whole, "a whole number, not negative"),
-    "stop_strings": (lambda x: x and (filled(x) or list_of(filled, x)),
+    "stop_strings": (lambda x: x and (nonempty_text(x) or list_of(nonempty_text, x)),
                      "a text or a list of texts, none of them empty"),
     "num_return_sequences": (lambda x: whole(x, 1), "a whole number and at least 1"),
     "eos_token_id": (lambda x: whole(x) or list_of(whole, x), "a token id, a list of them or None"),
@@ -227,7 +228,7 @@ def refuse(name, chosen, where, known):
         return
     if name not in REFUSED:
         advice = "take it out of the file" if where else f"it knows {', '.join(known)}"
-        raise ValueError(f"{where}{name!r} is no setting of generate; {advice}")
+        raise ValueError(f"{where}{name!r} is not a setting of generate; {advice}")
     if value is not None and value not in REFUSED[name]:
         off = " or ".join(map(repr, (None, *REFUSED[name])))
         raise ValueError(f"{where}{name}={shown(value)} is not supported here, only in "
@@ -283,7 +284,7 @@ def nothing_left(settings, error):
     names = [name for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
                                "no_repeat_ngram_size", "min_length", "min_new_tokens")
              if getattr(settings, name)]
-    why = "the model's scores are no numbers"
+    why = "the model's scores are not finite numbers"
     if names:
         why = f"{' and '.join(names)} forbid all of them"
     return ValueError(f"there is no token to draw: {why} ({error_line(error)})")
@@ -412,7 +413,7 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
         if text.length >= total or text.done.all():
             return
         new = token[:, None]                                               # (B, 1)
-        if text.eos:                                       # else ended rows go on, see Text.append
+        if text.eos:                       # without an eos id ended rows go on, see Text.append
             decoder.leave_out(text.done)
 
 
@@ -514,7 +515,7 @@ CHUNK = 512                                                # tokens that a prefi
 
 
 def prefill(model, ids, mask, position_ids, cache):
-    """Read ids (B, T) into the cache; returns the logits (B, V) after the last.
+    """Read ids (B, T) into the cache; returns the logits (B, V) after the last token.
 
     A long prompt is read in chunks, so that memory does not grow with the square of its length.  A
     model that keeps to the reference's arithmetic reads it in one piece, since its last bits depend

@@ -109,7 +109,7 @@ class ForTokenClassification(Head):
         """input_ids (B, T) integer -> ModelOutput with logits (B, T, N), and loss if given labels.
 
         labels (B, T): the class id of each token, without a shift; -100 leaves a token out of the
-        loss.  Raises ValueError for labels of another shape and for ids that are no class.
+        loss.  Raises ValueError for labels of another shape and for ids that are not a class.
         """
         out, x = self.hidden_states(input_ids, attention_mask, position_ids,
                                     output_hidden_states=output_hidden_states,
@@ -186,8 +186,8 @@ def class_loss(logits, labels, shape):
     if not torch.compiler.is_compiling():
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= N))]
         if len(wrong):
-            raise ValueError(f"labels must be 0 to {N - 1}, or -100 for not to be scored; got "
-                             f"{wrong[0].item()} (num_labels says how many there are)")
+            raise ValueError(f"labels must be 0 to {N - 1}, or -100 to leave a token out; got "
+                             f"{wrong[0].item()} (the config's num_labels is {N})")
     return F.cross_entropy(logits.reshape(-1, N), labels.reshape(-1).long())
 
 

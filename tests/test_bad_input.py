@@ -374,7 +374,7 @@ def test_a_tensor_in_two_shards(folder, capsys):
     save_file(tensors, folder / "a.safetensors")
     save_file({name: tensors[name] + 1}, folder / "b.safetensors")
     write_index(folder, {**dict.fromkeys(tensors, "a.safetensors"), "again": "b.safetensors"})
-    refused(folder, capsys, ValueError, f"{name} stands there twice")
+    refused(folder, capsys, ValueError, f"{name} is there twice")
 
 
 def test_weights_of_another_size(folder, capsys):

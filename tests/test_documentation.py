@@ -233,7 +233,7 @@ def test_labels():
     assert all(p.grad is not None for p in found["model"].parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*drawn afresh")        # the demo checkpoints have no such head
+@pytest.mark.filterwarnings("ignore:.*drawn at random")        # the demo checkpoints have no such head
 @pytest.mark.parametrize("family", ["GPTNeo", "GPTNeoX"])
 @pytest.mark.parametrize("code", [SEQUENCE, SEVERAL, TOKEN, QUESTION],
                          ids=["sequence", "several", "token", "question"])

@@ -365,7 +365,7 @@ def test_a_run_that_cannot_start_leaves_nothing(folder, tmp_path, capsys):
 
 def test_a_classifier_of_other_labels_is_no_start(folder, tmp_path, capsys):
     """Nor one of the same labels in another order, whose head would answer one for the other."""
-    with pytest.warns(UserWarning, match="drawn afresh"):
+    with pytest.warns(UserWarning, match="drawn at random"):
         model = AutoModelForSequenceClassification.from_pretrained(
             folder / "neo-0.0", id2label={0: "wood", 1: "nobody", 2: "Zoë"}, pad_token_id=0)
     model.save_pretrained(tmp_path / "classifier")
@@ -374,7 +374,7 @@ def test_a_classifier_of_other_labels_is_no_start(folder, tmp_path, capsys):
     assert "is a classifier already, of wood, nobody, Zoë, and the labels here are Zoë, nobody, wood" in error
 
 
-@pytest.mark.filterwarnings("ignore:.*drawn afresh")
+@pytest.mark.filterwarnings("ignore:.*drawn at random")
 def test_eleven_labels_are_in_order_whoever_saved_them(folder, tmp_path):
     """transformers sorts config.json by name: "10" comes before "2"."""
     names = [f"label {i:02}" for i in range(11)]

@@ -250,7 +250,7 @@ def test_other_arguments_are_refused_by_name(pair, name, value):
 
 
 def test_an_unknown_setting_lists_the_known_ones(pair):
-    with pytest.raises(ValueError, match="'temprature' is no setting of generate; it knows .*temperature.*min_p"):
+    with pytest.raises(ValueError, match="'temprature' is not a setting of generate; it knows .*temperature.*min_p"):
         pair[1].generate(IDS, temprature=0.5)
 
 

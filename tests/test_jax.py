@@ -364,7 +364,7 @@ def test_bad_inputs(inputs, message):
     (dict(do_sample=True, top_p=0), "top_p must be"), (dict(num_beams=2), "num_beams=2 is not supported"),
     (dict(no_repeat_ngram_size=2), "no_repeat_ngram_size is not supported in neo_jax.py"),
     (dict(stop_strings="a"), "stop_strings is not"), (dict(bad_words_ids=[[1]]), "bad_words_ids is not"),
-    (dict(nonsense=1), "'nonsense' is no setting")], ids=lambda x: str(x)[:30])
+    (dict(nonsense=1), "'nonsense' is not a setting")], ids=lambda x: str(x)[:30])
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         small()[0].generate([[1, 2, 4]], **settings)

@@ -164,7 +164,7 @@ def test_a_causal_checkpoint_gets_a_fresh_head(family, task):
     models, folder = [], saved(case)
     for _ in range(2):
         torch.manual_seed(5)
-        with pytest.warns(UserWarning, match=f"^{head}: not in .*, so drawn afresh"):
+        with pytest.warns(UserWarning, match=f"^{head}: not in .*, so drawn at random"):
             models.append(ours(case, task, folder, torch.bfloat16, num_labels=4, pad_token_id=0))
     model, state = models[0], AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
     for name, tensor in model.state_dict().items():

@@ -218,7 +218,7 @@ class Label:
         if head == "SequenceClassification":               # it has labels, which must be the same
             labels = {}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*drawn afresh")           # a new head is wanted
+            warnings.filterwarnings("ignore", ".*drawn at random")        # a new head is wanted
             model = AutoModelForSequenceClassification.from_pretrained(
                 checkpoint, torch_dtype=torch.float32, pad_token_id=tokenizer.pad_token_id,
                 problem_type="single_label_classification", **labels)
