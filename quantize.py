@@ -36,7 +36,8 @@ BITS = {"int8": 8, "int4": 4}
 PAIR = {"int8": torch.int16, "int4": torch.int8}        # two integers side by side
 GROUP = {"int8": None, "int4": 64}      # columns that share scale and zero; None: a whole row
 LANES = 16              # the words of 16 rows lie side by side: one load of AVX-512, two of AVX2
-SLICE = 2**19           # about this many numbers are packed or unpacked at once
+SLICE = 2**19           # about this many numbers are packed or unpacked at once,
+PRODUCT = 2**22         # and so many are multiplied at once: torch is slow with few rows
 FEW = 4                 # few_rows is faster if x has at most this many rows
 PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}
 METHOD = "words-of-gpt-neo-and-neox-from-scratch"      # `quant_method` in config.json
@@ -67,7 +68,7 @@ def quantize(weight, kind):
     (N, K), where = weight.shape, weight.device
     parts = [torch.empty(shape, dtype=dtype, device=where)
              for shape, dtype in zip(shapes(N, K, kind), PARTS.values())]
-    step = rows_at_once(K)
+    step = rows_at_once(K, SLICE)
     # Each slice is written to its place, because joining them afterwards needs twice the memory.
     for start in range(0, N, step):
         rows = weight.detach()[start:start + step].float()
@@ -84,12 +85,9 @@ def shapes(N, K, kind):
     return (blocks, words, LANES), (blocks, G, LANES), (blocks, G, LANES)
 
 
-def rows_at_once(K):
-    """How many rows of K numbers fit into the processor's cache, a multiple of 16.
-
-    672 rows for K = 768, 64 for K = 24576.
-    """
-    return max(4 * LANES, SLICE // K // LANES * LANES)
+def rows_at_once(K, numbers):
+    """How many rows of K numbers are about so many numbers: a multiple of 16, and at least 64."""
+    return max(4 * LANES, numbers // K // LANES * LANES)
 
 
 def quantize_slice(w, kind):
@@ -114,14 +112,22 @@ def quantize_slice(w, kind):
 
 
 def dequantize(words, scale, zero, shape, kind, dtype=torch.float32):
-    """The matrix of this shape (N, K) that the integers stand for: the inverse of `quantize`."""
+    """The matrix of this shape (N, K) that the integers stand for: the inverse of `quantize`.
+
+    Some columns at a time, so that the tensors in between stay in the processor's cache.
+    """
     bits, (N, K) = BITS[kind], shape
-    words, scale, zero = (x.transpose(0, 1).flatten(1)                         # (words or G, N)
-                          for x in (words, scale, zero))
+    words, scale, zero = (x.transpose(0, 1).flatten(1) for x in (words, scale, zero))
+    words = words.view(len(scale), -1, 1, words.size(1))           # (G, words of a group, 1, rows)
+    scale, zero = (x[:, None, None].expand(words.shape) for x in (scale, zero))
     places = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)[:, None]
-    q = (words[:, None] >> places).bitwise_and_(2 ** bits - 1)                 # (words, per, N)
-    w = torch.addcmul(zero[:, None], q.view(len(scale), -1, q.size(-1)).float(), scale[:, None])
-    return w.flatten(0, 1)[:K, :N].T.to(dtype)
+    w = words.new_empty(*words.shape[:2], 32 // bits, words.size(-1), dtype=dtype)
+    count = 1 if torch.compiler.is_compiling() else -(-w.numel() // SLICE)
+    by = 0 if len(scale) > 1 else 1                    # into groups, or into words of the only one
+    for part, q, s, z in zip(*(x.chunk(count, by) for x in (w, words, scale, zero))):
+        q = (q >> places).bitwise_and_(2 ** bits - 1).float()
+        part.copy_(torch.addcmul(z, q, s, out=q))
+    return w.flatten(0, 2)[:K, :N].T
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,9 +213,9 @@ class QuantizedLinear(nn.Module):
         return self.definition(x)
 
     def definition(self, x):
-        """A few rows of the matrix at a time, so that they stay in the processor's cache."""
+        """Some rows of the matrix at a time, so that they stay in the processor's cache."""
         compiling = torch.compiler.is_compiling()
-        step = self.out_features if compiling else rows_at_once(self.in_features)
+        step = self.out_features if compiling else rows_at_once(self.in_features, PRODUCT)
         dtype = torch.float32 if x.device.type == "cpu" and x.dtype in SLOW else x.dtype
         outputs = []
         for start in range(0, self.out_features, step):

@@ -38,6 +38,7 @@ IDS = torch.randint(1, 97, (1, 40), generator=torch.Generator().manual_seed(0))
 def small_slices(monkeypatch):
     """So that the larger shapes here are more than one slice, as real ones are."""
     monkeypatch.setattr(quantize, "SLICE", 2**12)
+    monkeypatch.setattr(quantize, "PRODUCT", 2**14)
 
 
 def random_words(kind, N, K, seed=0):
@@ -79,6 +80,18 @@ def test_the_layout_is_the_one_described(kind, N, K):
     layer = random_words(kind, N, K)
     expected = torch.tensor([[by_hand(layer, n, k) for k in range(K)] for n in range(N)])
     torch.testing.assert_close(layer.dequantize(), expected, rtol=1e-6, atol=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("N, K", SHAPES)
+def test_some_columns_at_a_time_are_the_whole_to_the_bit(kind, dtype, N, K):
+    """Any bits in the words; computed at once from the integers, in float32, and rounded to the dtype at last."""
+    layer, bits = random_words(kind, N, K), BITS[kind]
+    words, scale, zero = (x.transpose(1, 2).flatten(0, 1)[:N] for x in (layer.words, layer.scale, layer.zero))
+    q = torch.stack([words >> place & 2**bits - 1 for place in range(0, 32, bits)], -1).flatten(1)[:, :K]
+    scale, zero = (x.repeat_interleave(GROUP[kind] or K, 1)[:, :K] for x in (scale, zero))
+    assert torch.equal(layer.dequantize(dtype), torch.addcmul(zero, q.float(), scale).to(dtype))
 
 
 @KINDS
