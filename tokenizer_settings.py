@@ -323,6 +323,11 @@ def rival(left, right, vocab, halves):
             return left, right
 
 
+def merge_of(left, right):
+    """A merge, as an error names it."""
+    return f"merge {shown(left)} {shown(right)}"
+
+
 def mergeable_ranks(path, vocab, merges):
     """{bytes: id} for tiktoken, after a proof that it gives the same ids as the list of merges.
 
@@ -333,16 +338,17 @@ def mergeable_ranks(path, vocab, merges):
     """
     halves, last = {}, -1
     for left, right in merges:
-        token, field = left + right, f"merge {shown(left)} {shown(right)}"
+        token = left + right
         for part in (left, right):
             if part not in vocab or not (part in BYTE or part in halves):
-                raise wrong(path, field,
+                raise wrong(path, merge_of(left, right),
                             f"uses {shown(part)}, which no byte and no earlier merge makes")
         if vocab.get(token, -1) <= last:
-            raise wrong(path, field, f"ids must grow with the merges, but {shown(token)} has "
-                                     f"{vocab.get(token, 'none')}, after {last}")
+            raise wrong(path, merge_of(left, right),
+                        f"ids must grow with the merges, but {shown(token)} has "
+                        f"{vocab.get(token, 'none')}, after {last}")
         if pair := rival(left, right, vocab, halves):
-            raise wrong(path, field,
+            raise wrong(path, merge_of(left, right),
                         f"can never happen, for {shown(pair[0])} {shown(pair[1])} comes "
                         "first; tiktoken would do it all the same, so this file cannot be used")
         halves[token], last = (left, right), vocab[token]

@@ -1,5 +1,6 @@
 """Shared by all tests: the project on the path, quiet transformers, one thread, kernels interpreted."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,12 +20,21 @@ def pytest_configure(config):
     """Not in the process that only hands tests to workers, since these imports take seconds."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
+    # jsonschema, which jupytext imports, compiles grammars with it for a second: for addresses that no notebook has.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    gc.disable()
     import torch
     import transformers
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     # The models are tiny, so a second thread only waits; make test-cpus tries other numbers.
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+
+def pytest_collection_finish():
+    """What was imported stays: looking through all of it again and again for garbage took a twentieth of the time."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
