@@ -1,14 +1,16 @@
 # make demo       text from the bundled GPT-Neo checkpoint
 # make demo-jax   the same in JAX, neo_jax.py
-# make finetune   both bundled checkpoints learn comedy from history from tragedy, and read on in Macbeth
+# make finetune   both bundled checkpoints learn to tell comedy, history and tragedy apart, and are trained on Macbeth
 # make port       the port in C is built, answers the test vectors, and is judged
-# make test       the quick whole of the tests
-# make test-all   everything, the long grids too
+# make test       the quick tests, to run after every change
+# make test-all   all tests, with the long grids and the notebooks
 # make test-diagnosis  every mistake, pair and seed of the diagnosis of ports, most of an hour
-# make test-cpus  what a processor can change, as if on other processors
-# make notebooks  every notebook run anew from its source
+# make test-cpus  the tests whose numbers depend on the processor, as on other processors
+# make lab        the notebooks in JupyterLab
+# make notebooks  every notebook, run again from its source
 #
-# Each sets up .venv by itself.  Set-up talks on standard error, so `make -s demo > text` is the text.
+# Each sets up .venv by itself.  The set-up prints to standard error, so that `make -s demo > text`
+# writes only the text into the file.
 
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check --quiet

@@ -41,7 +41,7 @@ from benchmarks import stand_ins
 if "kernels" in sys.argv:                                  # with Triton imported, attention.py has
     with contextlib.suppress(ImportError):                 # its kernels, GPU or not
         import triton  # noqa: F401
-MISSING = stand_ins.install() if "gpu" in sys.argv else []          # before anything imports them
+MISSING = stand_ins.install() if "gpu" in sys.argv else []    # before the packages are imported
 
 import torch
 
@@ -54,12 +54,12 @@ from neo import GPTNeoForCausalLM
 
 
 def show(title, figures, unit, base="transformers"):
-    """Median and spread of each, and the ratio to `base` round by round."""
+    """Print median and spread of each, and the median of the ratios to `base` in each round."""
     print(f"\n{title}")
     for name, values in figures.items():
         ratios = [b / v for b, v in zip(figures[base], values)]
         spread = f"({min(values):.3f} to {max(values):.3f})"
-        versus = f"   {statistics.median(ratios):.2f} times less than {base}" * (name != base)
+        versus = f"   {base} takes {statistics.median(ratios):.2f} times as much" * (name != base)
         print(f"  {name:14s} {statistics.median(values):9.3f} {unit}  {spread}{versus}")
 
 
@@ -152,7 +152,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.what == "gpu" and not args.out:
         parser.error("gpu needs --out DIR")
-    for path in filter(None, (args.json, args.plot)):          # hours before it is written
+    for path in filter(None, (args.json, args.plot)):          # checked now: a run may take hours
         if Path(path).is_dir() and path == args.json or not Path(path).absolute().parent.is_dir():
             parser.error(f"{plain(path)} cannot be written: name a file in a folder that is there")
     return args
@@ -167,19 +167,20 @@ def add_options(option):
     option("--dtype", choices=["float32", "bfloat16", "float16"],
            help="default float32; for attention on a GPU float16")
     option("--weights", choices=["int8", "int4"], default="int4", help="20b (default int4)")
-    option("--layers", type=positive, metavar="N", help="20b: only so many of the 44 layers")
+    option("--layers", type=positive, metavar="N", help="20b: use only N of the 44 layers")
     option("--texts", metavar="DIR", default=".venv/texts",
-           help="accuracy: Shakespeare's plays, which make .venv/texts gets (default .venv/texts)")
+           help="accuracy: the folder with Shakespeare's plays, which `make .venv/texts` downloads "
+                "(default .venv/texts)")
     option("--rounds", type=positive, default=5, metavar="N",
-           help="turns that each takes (default 5)")
+           help="how many times each competitor is measured, in turns (default 5)")
     option("--tokens", type=positive, default=2048, metavar="T",
            help="prefill: length of the prompt (default 2048)")
     option("--lengths", type=positive, nargs="+", metavar="T",
-           help="prefill and attention: several lengths")
+           help="prefill and attention: measure at several lengths")
     option("--contexts", type=positive, nargs="+", metavar="T", default=[16, 1900],
-           help="decode: tokens in the cache (default 16 and 1900)")
+           help="decode, jax and bits: tokens in the cache (default 16 and 1900)")
     option("--new-tokens", type=positive, default=24, metavar="N",
-           help="decode and batch: tokens in each turn (default 24)")
+           help="new tokens that are generated in each turn (default 24)")
     option("--device", metavar="NAME",
            help="attention and gpu: cpu, or cuda (default if there is a GPU)")
     option("--heads", type=positive, default=12, metavar="H", help="attention: heads (default 12)")

@@ -53,9 +53,9 @@ from diagnose import (
     as_dicts,
     diagnose,
     explained,
-    finite,
     hint,
     make_ids,
+    nan_is_infinite,
     rows_of,
     tensors_of,
     told_apart,
@@ -93,7 +93,7 @@ def config_of(name, revision=None):
 
 
 def default_lengths(config):
-    """One token; below, at, above and twice above the window; but no more than the positions."""
+    """Lengths of one token, and below, at, above and twice the window, within the positions."""
     W = window_of(config)
     lengths = [1, 5, 64, 300]
     if W is not None:                                      # the last is not a multiple of W
@@ -163,7 +163,7 @@ def read_port(path, layers):
     Raises ValueError where another tensor is there or one of these is missing.
     """
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        raise ValueError(f"--theirs needs a .safetensors file, and {path} is none")
+        raise ValueError(f"--theirs needs a .safetensors file, and {path} is not one")
     tensors = dict(read_tensors(Path(path)))
     hidden = [f"hidden_states.{i}" for i in range(layers + 1)]
     stack = tensors.pop("hidden_states", None)
@@ -213,7 +213,7 @@ def read_theirs(path, config, seed):
 
 
 def save_ours(path, ids, rows):
-    """Write our results as a port's file."""
+    """Write our results in the format of a port's file."""
     tensors = {"input_ids": ids.contiguous(), **tensors_of(rows)}
     write_result(path, lambda part: save_file(tensors, part))
 
@@ -223,7 +223,7 @@ def save_ours(path, ids, rows):
 # ------------------------------------------------------------------------------------------------
 
 def default_tolerance(dtype, float32=1e-5):
-    """The limit of a relative difference; the top of the file says where the numbers come from."""
+    """The limit of a relative difference; the top of this file says where its numbers come from."""
     eps = torch.finfo(dtype).eps
     return 8 * eps if eps > 1e-4 else float32
 
@@ -279,7 +279,7 @@ def compare_traces(names, inputs, xs, references, tolerance):
 def compare_gradients(xs, references, tolerance):
     """The loss and each parameter's gradient, worst first; and all gradients as one vector."""
     rows = [{"row": name, **measure(xs[name], references[name], tolerance)} for name in references]
-    rows.sort(key=lambda row: finite(row["relative"]), reverse=True)
+    rows.sort(key=lambda row: nan_is_infinite(row["relative"]), reverse=True)
     names = references.keys() - {"loss"}
     gap = sum(squares(xs[name].double() - references[name].double()) for name in names)
     size = sum(squares(references[name].double()) for name in names)
@@ -410,7 +410,7 @@ def print_table(report, out):
     print(" " * width + "".join(f"{head:>11}" for head in heads), file=out)
     for row in report["rows"]:
         cells = "".join(f"{cell(r):>11}" for r in row["results"])
-        worst = max((r["max_abs"] for r in row["results"]), key=finite)
+        worst = max((r["max_abs"] for r in row["results"]), key=nan_is_infinite)
         arrow = "   <-- look here first" if row["row"] == report["first_difference"] else ""
         print(f"{row['row']:{width}}{cells}{worst:>11.2g}{arrow}", file=out)
     shares = "".join(f"{f'{100 * x:.4g} %':>11}" for x in report["next_token_agreement"])
@@ -468,7 +468,7 @@ def markdown(report):
     """| checkpoint | dtype | lengths | rows bit-equal | max |Δ| of the logits | relative |"""
     logits = report["rows"][-1]["results"]
     equal = sum(all(r["bit_equal"] for r in row["results"]) for row in report["rows"])
-    largest, relative = (max((r[key] for r in logits), key=finite)
+    largest, relative = (max((r[key] for r in logits), key=nan_is_infinite)
                          for key in ("max_abs", "relative"))
     return (f"| {Path(report['model']).name} | {report['dtype']} | {listed(report['lengths'])} | "
             f"{equal} of {len(report['rows'])} | {largest:.2g} | {relative:.2g} |")
@@ -570,7 +570,7 @@ def unusable(args):
         return ("--theirs takes lengths and batch from the file, is judged by naive attention, and "
                 "has no gradients")
     if args.gradients and args.lengths and args.lengths[-1] < 2:
-        return "--gradients needs a length of 2 at least: one token has no next"
+        return "--gradients needs a length of at least 2: after one token nothing is predicted"
     if not 1 <= args.batch <= LONGEST:
         return f"--batch must be in 1 … {LONGEST}"
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:

@@ -28,16 +28,16 @@ from load_weights import (
     missing_tensors,
     official_names,
     our_name,
+    problem_text,
     read_config,
     read_tensors,
     tie,
-    told,
     weight_files,
 )
 from originals.neox import LAYER_FILE, RANK_FILE, neox_yml, split_neox
 
-# What lies beside the weights and goes along, under the hub's name.
-BESIDE = {"generation_config.json": "generation_config.json",
+# Files of the tokenizer and of generation settings, which are copied -> their names on the hub.
+COPIED = {"generation_config.json": "generation_config.json",
           "20B_tokenizer.json": "tokenizer.json",
           **{name: name
              for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -51,7 +51,7 @@ SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 # ------------------------------------------------------------------------------------------------
 
 class Source:
-    """A checkpoint whose tensors come one at a time, as often as asked, under the hub's names."""
+    """A checkpoint, whose tensors can be read one at a time and more than once."""
 
     def __init__(self, name_or_folder, revision=None):
         raw = read_config(name_or_folder, revision)
@@ -75,7 +75,7 @@ class Source:
                 try:
                     ours = our_name(theirs, self.table)
                 except KeyError:
-                    ours = theirs                          # which is none of the model's
+                    ours = theirs                          # misfit reports it as unexpected
                 if ours is not None:
                     yield ours, theirs, tensor
 
@@ -95,7 +95,7 @@ class Source:
         problems += missing_tensors(self.wanted, sizes, self.table, "")
         if problems:
             raise ValueError(f"the weights in {self.name} do not fit its config.json: "
-                             f"{told(problems, self.table)}")
+                             f"{problem_text(problems, self.table)}")
         return sizes
 
     def official(self):
@@ -106,10 +106,10 @@ class Source:
                 yield next(iter(official_names({ours: None}, self.table))), tensor
 
 
-def beside(name_or_folder, revision):
-    """{file name: contents} of tokenizer and generation settings, as far as they are there."""
+def tokenizer_and_settings(name_or_folder, revision):
+    """{file name: contents} of the tokenizer and the generation settings that are there."""
     files = {}
-    for name, new in BESIDE.items():
+    for name, new in COPIED.items():
         if path := fetch(name_or_folder, name, revision, required=False):
             files[new] = path.read_bytes()
     return files
@@ -191,7 +191,7 @@ def convert(name_or_folder, out, parts=None, revision=None):
     source = Source(name_or_folder, revision)
     files = official_files(source) if parts is None else neox_files(source, parts)
     check_empty(Path(out), files)
-    write_files(out, beside(source.folder, revision) | files)
+    write_files(out, tokenizer_and_settings(source.folder, revision) | files)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ the same ids, and see whether the numbers that come out are the port's.
     4. If no mistake does even that, two are tried at once, on the shortest text that shows a
        difference.
 
-A mistake is never named because it comes near: what it leaves must be rounding.
+It is not enough that a mistake comes near the port's numbers: what it leaves must be rounding.
 
     B batch · T tokens · C width · V vocabulary · L layers
     rows: what flows through a model, as `trace` returns it: what goes into block 0, what comes out
@@ -175,11 +175,11 @@ def run(model, ids, patches, see, start=0, x=None):
             see(start + len(blocks) + 2, model(ids).logits)
 
 
-def off(x, reference):
+def relative_differences(x, reference):
     """|x - reference| / |reference| at each position, (B, T) float64, and over all, a float.
 
-    x, reference (B, T, C).  At one position of each text x may be NaN: there is no number for it
-    where a row is shifted, and it is left out.
+    x, reference (B, T, C).  x may be NaN at one position of each text, which is then left out: a
+    mistake that shifts the rows has no number for it.
     """
     x, reference = x.double(), reference.double()
     empty = x.isnan().all(-1)                                              # (B, T)
@@ -210,16 +210,16 @@ class Search:
         self.before = {}                                   # row: how far off the port is
         self.right, rows = self.whole([])
         for row in self.saved:
-            self.before[row] = off(rows[row], theirs[row])[1]
+            self.before[row] = relative_differences(rows[row], theirs[row])[1]
 
     def limit(self, row, rounds):
         """The relative difference that a row may still have if a mistake explains it.
 
-        It is rounding, and a part of the difference that the mistake explains.  A mistake that
-        rounds within the computation (softmax in bfloat16) rounds some numbers the other way if a
-        port sums in another order.  For that it may leave a twentieth of its own effect at most
-        positions (`fits`), and half of it over all of them; 0.28 of it has been measured, where a
-        large score is rounded the other way.
+        Only rounding may be left, and at most a fifth of the difference that the mistake explains.
+        A mistake that itself rounds (softmax in bfloat16) rounds some numbers the other way if a
+        port sums in another order.  Such a mistake may leave a twentieth of its effect at the
+        median position, and half of it over all positions (see `fits`); up to 0.28 was measured,
+        where a large score was rounded the other way.
         """
         before = self.before.get(row, 0.0)
         if rounds:
@@ -227,8 +227,8 @@ class Search:
         return min(self.tolerance, 0.2 * before) if before > self.tolerance else self.tolerance
 
     def fits(self, row, x, rounds):
-        """Is this row the port's?  -> (yes or no, its differences from it as `off` returns them)"""
-        each, whole = off(x, self.theirs[row][:, :x.size(1)])
+        """Is this row the port's?  -> (yes or no, its relative_differences from the port)"""
+        each, whole = relative_differences(x, self.theirs[row][:, :x.size(1)])
         limit = self.limit(row, rounds)
         most = each.median().item() if rounds else whole
         return most <= limit and whole <= (10 * limit if rounds else limit), each, whole
@@ -404,7 +404,8 @@ def told_apart(model, found, longer):
             rows = []
             run(model, ids, f.patches, lambda row, x: rows.append(x))
             logits.append(rows[-1])
-        if any(off(a, b)[1] > 1e-5 for a, b in itertools.combinations(logits, 2)):
+        if any(relative_differences(a, b)[1] > 1e-5
+               for a, b in itertools.combinations(logits, 2)):
             return ids
     return None
 
@@ -423,7 +424,7 @@ def explained(mistakes):
     """Two lines about each of the mistakes, given as dicts."""
     for m in mistakes:
         yield f"mistake: {m['id']}: {m['sentence']}"
-        yield f"  in its place: {m['fix']}"
+        yield f"  instead: {m['fix']}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -471,8 +472,8 @@ HINTS = {
                  "and MLP each have their own LayerNorm, the parallel residual, and GELU."}}
 
 
-def finite(x):
-    """NaN counts as infinitely far off."""
+def nan_is_infinite(x):
+    """x, or infinity for NaN, so that NaN is the largest difference."""
     return math.inf if math.isnan(x) else x
 
 
@@ -481,7 +482,7 @@ def hint(row, position, config, theirs, rounding):
 
     It is chosen by how much the row differs and by the first position at which it does.
     """
-    size = max(finite(r["relative"]) for r in row["results"])
+    size = max(nan_is_infinite(r["relative"]) for r in row["results"])
     if math.isinf(size):
         return "finite"
     if size <= rounding:

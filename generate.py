@@ -108,7 +108,7 @@ def add_model_options(add):
     add("--model", default=DEMO, metavar="NAME",
         help="a folder or a hub id (default: the bundled demo checkpoint)")
     add("--tokenizer", metavar="NAME",
-        help="folder or hub id of the tokenizer, for a checkpoint without its own (TinyStories: "
+        help="folder or hub id of the tokenizer, for a checkpoint that has none (for TinyStories: "
              "EleutherAI/gpt-neo-125M)")
     add("--revision", metavar="NAME",
         help="the model's branch, tag or commit on the hub; Pythia's training steps are step0 ... "

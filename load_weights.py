@@ -392,7 +392,7 @@ def read_state(name_or_folder, paths, model, dtype, device, kind=None, stored=Fa
     problems += missing_tensors(wanted, seen, table, inside)
     if problems:
         raise ValueError(f"the weights in {name_or_folder} do not fit its config.json: "
-                         f"{told(problems, table)}")
+                         f"{problem_text(problems, table)}")
     return state
 
 
@@ -463,7 +463,7 @@ QUANTIZED = {"GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
              "another tool": (".weight_scale", ".scales", ".zero_point", ".weight_packed")}
 
 
-def told(problems, table):
+def problem_text(problems, table):
     """The problems as a text: one line for a common cause, otherwise the first ten and a count."""
     unexpected = [problem.split()[2] for problem in problems
                   if problem.startswith("unexpected tensor ")]
@@ -473,7 +473,7 @@ def told(problems, table):
     prefix = unexpected[0].split(".")[0] + "." if len(unexpected) > 1 else "?"
     wrapped = len(unexpected) > 1 and all(n.startswith(prefix) and not known(n, table)
                                           for n in unexpected)
-    if wrapped and any(known(rest, table) for rest in rests(unexpected[0])):
+    if wrapped and any(known(rest, table) for rest in shorter_names(unexpected[0])):
         origin = {"module.": "saved from DataParallel: save model.module instead",
                   "_orig_mod.": "saved from torch.compile: save model._orig_mod instead"}
         where = origin.get(prefix, "saved from a wrapper of the model")
@@ -493,8 +493,8 @@ def known(name, table):
     return False
 
 
-def rests(name):
-    """"a.b.c" -> "b.c", "c"."""
+def shorter_names(name):
+    """Yield the name without its first parts: "a.b.c" -> "b.c", "c"."""
     while "." in name:
         name = name.split(".", 1)[1]
         yield name

@@ -47,7 +47,7 @@ def look(text, model=DEMO, *, tokenizer=None, other=None, mistake=None):
     beside it makes.  Raises ValueError for a text that is empty, longer than MOST_TOKENS or than
     the model allows, for both other and mistake, for a mistake that does not exist in this family,
     and for two models that cut the text into different tokens; OSError for a model that cannot be
-    had.
+    loaded.
     """
     if other is not None and mistake is not None:
         raise ValueError("other and mistake both name what is shown beside the model: give one")
@@ -194,7 +194,7 @@ def arguments(argv):
     add("--other", metavar="NAME",
         help="a second model, shown beside the first, with the differences coloured")
     add("--mistake", metavar="ID",
-        help="beside the model itself show it with this mistake of mistakes.py")
+        help="show the model a second time beside itself, with this mistake of mistakes.py")
     add("--out", required=True, metavar="FILE.html", help="the page to write")
     return parser.parse_args(argv)
 

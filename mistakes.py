@@ -38,7 +38,7 @@ NEO, NEOX = "gpt_neo", "gpt_neox"
 
 @contextlib.contextmanager
 def planted(patches):
-    """Within the block each (object, attribute, value) holds; after it everything is as before."""
+    """Set each (object, attribute, value) within the block; after it everything is as before."""
     undo = []
     try:
         for thing, name, value in patches:
@@ -609,7 +609,7 @@ MISTAKES = [
             window_in_blocks,
             cost={NEO: 0.52}),
     Mistake("scaled-scores", NEO, "Attention scores are divided by sqrt(D).",
-            "GPT-Neo does not scale its scores; it was trained so.", scaled_scores,
+            "GPT-Neo does not scale its scores; it was trained without a scale.", scaled_scores,
             cost={NEO: 0.54}),
     Mistake("no-position-embedding", NEO, "The position embedding is not added.",
             "The first hidden state is wte[ids] + wpe[positions].", no_position_embedding,
@@ -706,7 +706,7 @@ BY_ID = {mistake.id: mistake for mistake in MISTAKES}
 def variants(model):
     """Yield (mistake, patches) for every way to make every mistake of this model's family.
 
-    Called within planted(...), each comes on top of what is planted there.
+    Within planted(...), their patches are made on top of what is planted there.
     """
     for mistake in MISTAKES:
         if mistake.family in (None, model.config.model_type):
@@ -759,7 +759,7 @@ def measured():
 def main():
     """Print the table as Markdown."""
     costs = measured()
-    print("| id | mistake | in its place | GPT-Neo | GPT-NeoX |\n|---|---|---|---|---|")
+    print("| id | mistake | instead | GPT-Neo | GPT-NeoX |\n|---|---|---|---|---|")
     for m in MISTAKES:
         cells = [f"{costs[m.id][family]:.1e}" if family in costs[m.id] else ""
                  for family in (NEO, NEOX)]

@@ -53,7 +53,10 @@ def layer_norm(p, x, config):
 
 
 def held(last, R):
-    """Positions (R,) in a ring whose newest is `last`: i stands in slot i % R; negative: empty."""
+    """The position in each slot of a ring, (R,), if `last` is the newest; negative: empty slot.
+
+    Position i is in slot i % R.
+    """
     return last - (last - jnp.arange(R)) % R
 
 
@@ -141,15 +144,18 @@ def keep_top_p(scores, p):
 
 
 def penalize(scores, penalty, ids, written):
-    """sampling.penalize; ids (B, S) count where `written` (B, S) says so."""
+    """sampling.penalize, for those of ids (B, S) where `written` (B, S) is true."""
     rows, V = jnp.arange(len(ids))[:, None], scores.shape[1]
     seen = jnp.zeros(scores.shape, bool).at[rows, jnp.where(written, ids, V)].set(True, mode="drop")
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def choose(scores, how, key, ids, n, prompt, first):
-    """One token for each row, from scores (B, V); of ids (B, S) those from first (B, 1) to n count.
-    how: pairs of a setting and its value in sampling.STEPS's order, do_sample, eos, padding."""
+    """One token for each row, from scores (B, V).
+
+    ids (B, S): the text, which begins at slot first (B, 1) and ends before slot n.
+    how: pairs of a setting and its value in sampling.STEPS's order, do_sample, eos, padding.
+    """
     V, at, (steps, do_sample, eos, _) = scores.shape[1], jnp.arange(ids.shape[1]), how
     is_in = lambda some: jnp.isin(jnp.arange(V), jnp.array(some, int))
     functions = {
@@ -168,8 +174,11 @@ def choose(scores, how, key, ids, n, prompt, first):
 
 
 def generate(p, ids, mask, positions, prompt, total, key, *, config, how, width):
-    """Write on ids (B, S), which hold `prompt` tokens, up to `total` or until all rows have ended.
-    mask (B, S) is 1 after the prompt, which is filled up to `width`.  -> (ids, how many count)"""
+    """Continue ids (B, S), of which `prompt` tokens are the prompt.  -> (ids, length of the text)
+
+    It ends at `total` tokens, or when all rows have ended.  The prefill reads the first `width`
+    slots, the prompt and what fills it up.  mask (B, S) is 1 after the prompt.
+    """
     S, first = ids.shape[1], mask.argmax(1)[:, None]
 
     def append(scores, rings, ids, n, position, done, key):
@@ -210,7 +219,10 @@ def on_host(name, x):
 
 
 def filled(x, length):
-    """x (B, T) as int32, with unseen ones up to a multiple of 64: 64 lengths share a program."""
+    """x (B, T) as int32, filled with ones to a multiple of 64, so that 64 lengths share a program.
+
+    Nothing reads the ones.
+    """
     x = jnp.asarray(x).astype(jnp.int32)
     return jnp.pad(x, ((0, 0), (0, -(-length // 64) * 64 - x.shape[1])), constant_values=1)
 
@@ -270,8 +282,11 @@ class FlaxGPTNeoModel:
 
     def __call__(self, input_ids, attention_mask=None, position_ids=None, params=None, train=False,
                  output_hidden_states=False, output_attentions=False, return_dict=True):
-        """neo.py's forward, with its errors, for arrays of any library.  params: other weights to
-        take.  Inside jax.jit the values of the inputs are not checked."""
+        """neo.py's forward, with its errors, for arrays of any library.
+
+        params: weights to use instead of self.params.  Inside jax.jit the values of the inputs are
+        not checked.
+        """
         if train or return_dict is False:
             raise ValueError("train=True (dropout) and return_dict=False are not "
                              "supported in neo_jax.py")
@@ -294,9 +309,11 @@ class FlaxGPTNeoForCausalLM(FlaxGPTNeoModel):
 
     def generate(self, input_ids=None, attention_mask=None, *, prng_key=None, params=None,
                  generation_config=None, **settings):
-        """neo.py's generate, in one compiled program.  The same prng_key, by default
-        jax.random.key(0), draws the same text.  Returns an object with `sequences`, prompt and
-        continuation."""
+        """neo.py's generate, in one compiled program.
+
+        The same prng_key, by default jax.random.key(0), draws the same text.  Returns an object
+        with `sequences`, which are prompt and continuation.
+        """
         settings = Settings.of(self, settings, generation_config)
         ids, mask = on_host("input_ids", input_ids), on_host("attention_mask", attention_mask)
         check_prompt(self, ids, mask, settings)

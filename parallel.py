@@ -7,15 +7,15 @@
 
     B batch · T new tokens · C width · H heads · D width of a head · V vocabulary · N processes
 
-Two matrices stand around every nonlinear step: q, k, v around the heads, up_proj around the
-activation.  Both steps treat their inputs apart, head by head or number by number.  So each process
-takes H / N heads and an N-th of the MLP's inner width:
+Every nonlinear step has a matrix before it and a matrix after it: attention has q, k, v and
+out_proj, the activation has up_proj and down_proj.  The steps themselves compute each head, or each
+number, by itself.  So each process takes H / N heads and an N-th of the MLP's inner width:
 
     first matrix    cut by rows:     x (B, T, C) whole -> this process's heads or inner numbers
-    second matrix   cut by columns:  those -> a sum over them, (B, T, C), which is only a part
+    second matrix   cut by columns:  those -> this process's part of a sum, (B, T, C)
 
-and what the processes have is added together by one all-reduce.  LayerNorms, embeddings and the
-residual stream are whole in every process.  (Shoeybi et al. 2019, Megatron-LM, on which
+and one all-reduce adds the parts of all processes.  LayerNorms, embeddings and the residual stream
+are whole in every process.  (Shoeybi et al. 2019, Megatron-LM, on which
 EleutherAI/gpt-neox is built.)
 
 Why GPT-NeoX's q, k and v are interleaved head by head: a process's heads are then consecutive rows
@@ -25,8 +25,8 @@ half would be q and half of k.
 GPT-Neo adds attention to the stream before the MLP reads it, so it needs two all-reduces a layer.
 In GPT-NeoX both read the same x: what they return is added first and reduced once.
 
-This is for generating and evaluating a model that does not fit into one process's memory; weights
-do not ask for gradients.  Training on several processes is train.py's, with a whole model in each.
+This is for generating and evaluating with a model that does not fit into one process's memory.  The
+weights get no gradients.  Training on several processes is train.py's, with a whole model in each.
 """
 
 import types
@@ -75,7 +75,7 @@ def cut(model):
 
 
 def check_connected():
-    """Raise RuntimeError where this process knows of no others."""
+    """Raise RuntimeError if no processes are connected."""
     if not dist.is_initialized():
         raise RuntimeError("a model is shared among processes, and none are connected: start "
                            "Python by torchrun and call torch.distributed.init_process_group")
@@ -95,7 +95,7 @@ def check_parts(config):
 
 
 def piece(name, tensor, config):
-    """Of one weight, under our name, what this process keeps."""
+    """The part of one weight that this process keeps.  name: our name of the weight."""
     layer, kind = name.split(".")[-2:]
     N, i = dist.get_world_size(), dist.get_rank()
     if layer in ROWS and not (layer == "lm_head" and config.tie_word_embeddings):
@@ -112,11 +112,11 @@ def piece(name, tensor, config):
 # ------------------------------------------------------------------------------------------------
 
 def add_up(model):
-    """Put the sums over processes where the formulas need them."""
+    """Change the model's forward passes so that they add up what the processes have."""
     base = model.base_model
     base.register_forward_pre_hook(check_call, with_kwargs=True)
     for block in base.blocks:
-        if getattr(block, "parallel", False):              # GPT-NeoX, but for RedPajama's form
+        if getattr(block, "parallel", False):              # GPT-NeoX, except RedPajama's form
             block.forward = types.MethodType(one_sum, block)
         else:
             for layer in (block.attn.out_proj, block.mlp.down_proj):
@@ -133,7 +133,7 @@ def one_sum(block, x, **how):
 
 
 def summed(y):
-    """The sum of the processes' tensors (B, T, C), the same bits in each."""
+    """The sum of the processes' tensors (B, T, C), with the same bits in every process."""
     y = y.contiguous()
     dist.all_reduce(y)
     return y
@@ -147,7 +147,7 @@ def side_by_side(y):
 
 
 def check_call(module, inputs, named):
-    """Before the model runs: are all processes at the same place of the same text?"""
+    """Before the model runs: have all processes been given the same ids?"""
     if named.get("output_attentions") or any(value is True for value in inputs[5:6]):
         raise ValueError("output_attentions is not supported for a model that is shared among "
                          "processes: each has only some of the heads")

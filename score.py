@@ -14,7 +14,8 @@ each window evaluates the tokens that no window before it has evaluated:
 Every token but the first, which has nothing before it, is evaluated once, given at least L - S
 tokens (one if S = L).  A smaller stride gives each token more context and needs more forward
 passes, N / S of them.  The windows are those of transformers' documentation, "Perplexity of
-fixed-length models", but their average leaves out one token of every window after the first.
+fixed-length models"; the average computed there leaves out one token of every window after the
+first.
 """
 
 import itertools

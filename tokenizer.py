@@ -188,7 +188,8 @@ class Tokenizer:
         TypeError or ValueError, naming the argument, for what is not supported.
         """
         if not isinstance(text, (str, list, tuple)):
-            raise TypeError(f"tokenized is a str or a list of str, not {type(text).__name__}")
+            raise TypeError("a tokenizer is called with a str or a list of str, not "
+                            f"{type(text).__name__}")
         check_neutral("calling a tokenizer", neutral, NEUTRAL_IN_CALL)
         check_option("padding", padding, (False, None, True, "longest", "max_length", "do_not_pad"))
         check_option("truncation", truncation,
@@ -308,13 +309,13 @@ class Tokenizer:
     # -- ids -> text -----------------------------------------------------------------------------
 
     def _pieces(self, ids, skip_special_tokens):
-        """The bytes of each id; none for an id >= len(self), which some models have rows for."""
+        """The bytes of each id; b"" for an id >= len(self), for which some models have rows."""
         skip = self._special_ids if skip_special_tokens else ()
         return (b"" if i in skip else self._bytes.get(i, b"") for i in ids)
 
     def decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None,
                **neutral):
-        """The text of a list or tensor of ids, or of one id.  Bytes that are no UTF-8 give U+FFFD.
+        """The text of a list or tensor of ids, or of one id.  Bytes that are not UTF-8 give U+FFFD.
 
         clean_up_tokenization_spaces has no effect: transformers 5 ignores it for BPE as well.
         """
@@ -547,7 +548,7 @@ class Tokenizer:
         self._cut_raw, self._cut_normalized = matcher(self._raw), matcher(self._normalized)
 
     def _written(self, text):
-        """How a token is written in a text: normalized, if it is an added token that says so."""
+        """A token as it is found in a text: normalized, if it is an added token with that flag."""
         token = self._added.get(text)
         return self._normalize(text) if token and token.normalized else text
 
@@ -634,7 +635,7 @@ class Encoding(dict):
             raise AttributeError(f"no {name} here, only {', '.join(self)}") from None
 
     def to(self, *args, **kwargs):
-        """Move the tensors, in place: .to("cuda").  Ids stay integers, whatever dtype is named."""
+        """Move the tensors, in place: .to("cuda").  A dtype given here does not change the ids."""
         if not all(hasattr(value, "to") for value in self.values()):
             raise ValueError('lists have no device: ask the tokenizer for return_tensors="pt"')
         for name, value in self.items():
@@ -699,7 +700,7 @@ def tensor(rows, kind):
     firsts = [row[0] for row in rows_of_ids if row] if rows_of_ids else rows
     fractions = any(isinstance(number, float) for number in firsts)
     if kind == "np":
-        import numpy  # only here, like torch: the rest of this file does not need them
+        import numpy  # imported here, like torch, because the rest of this file needs neither
         return numpy.array(rows, dtype=None if fractions else numpy.int64)
     if kind == "jax":
         try:

@@ -68,7 +68,7 @@ def one_of(*values):
 
 
 def is_text(value):
-    """A text that is not empty and that UTF-8 can hold (no half of a surrogate pair)."""
+    """Is it a text that is not empty and that UTF-8 can hold (no half of a surrogate pair)?"""
     return type(value) is str and value == value.encode("utf-8", "ignore").decode() != ""
 
 
@@ -195,8 +195,8 @@ def check_steps(path, data, section):
 def read_tokenizer_json(path, normalizes):
     """tokenizer.json -> vocabulary, merges, whether it normalizes, added tokens, settings.
 
-    normalizes: True or False for a class of transformers that does so whatever the file says, None
-    for the class that follows the file.
+    normalizes: True or False for a class of transformers that always or never normalizes, None for
+    the class that follows the file.
     """
     data = read_json(path, unique=True)
     check(path, "", data, SECTIONS, ["model", "added_tokens"])
@@ -310,9 +310,10 @@ def check_vocab(path, vocab):
 def rival(left, right, vocab, halves):
     """A pair that merges across the boundary of left and right before both exist, or None.
 
-    Then left and right never become neighbours, and their merge can never happen.  To find it, undo
-    the merges of the two tokens, the latest first, and check after each step whether the pieces at
-    the boundary form a merge that comes before the one just undone.  halves: {token: its pair}.
+    If there is such a pair, left and right never become neighbours, and their merge never happens.
+    To find it, undo the merges of the two tokens, the latest first, and check after each step
+    whether the pieces at the boundary form a merge that comes before the one just undone.
+    halves: {token: its pair}.
     """
     while len(left) > 1 or len(right) > 1:
         if len(right) == 1 or (len(left) > 1 and vocab[left] > vocab[right]):
@@ -382,15 +383,15 @@ INSIDE = ("vocab", "merges", "tokenizer_object", "gguf_file", "init_inputs", "po
 
 
 def check_config(path, config, cls, has_tokenizer_json):
-    """tokenizer_config.json.  A field that transformers has no use for either is let through."""
+    """Check tokenizer_config.json.  A field that transformers does not use either is accepted."""
     rules = dict(CONFIG)
-    if cls.normalizes:                                 # GPT-NeoX's hands it to `tokenizers`
+    if cls.normalizes:                                 # GPT-NeoX's class gives it to `tokenizers`
         rules["trim_offsets"] = FLAG
-    if has_tokenizer_json:                             # whose post_processor says it (transformers)
+    if has_tokenizer_json:                             # then its post_processor decides
         rules |= dict(add_bos_token=NEUTRAL_FLAG, add_eos_token=NEUTRAL_FLAG)
     for key in config.keys() - rules.keys():
         if key in INSIDE or callable(getattr(cls, key, None)):
-            raise wrong(path, shown(key), "is no setting of a tokenizer")
+            raise wrong(path, shown(key), "is not a setting of a tokenizer")
         rules[key] = NOTHING if key.endswith("_token") else ANY
     check(path, "", config, rules)
     for name in NAMED:
@@ -457,7 +458,7 @@ def read_listed_tokens(paths, config, in_file):
             if not (id.isascii() and id.isdigit() and len(id) < 12 and is_id(int(id))):
                 raise wrong(path, field, "the key must be an id")
             if int(id) in found:
-                raise wrong(path, field, "the id stands there twice")
+                raise wrong(path, field, "the id is there twice")
             found[int(id)] = added_token(path, f"{field}.", entry, ADDED)._replace(id=int(id))
         return [found[id] for id in sorted(found)]
     if path := paths.get("added_tokens.json"):
@@ -465,7 +466,7 @@ def read_listed_tokens(paths, config, in_file):
         special |= {content(token) for token in config.get("extra_special_tokens") or []}
         for text, id in read_json(path).items():
             if not is_text(text) or not is_id(id) or id in found:
-                raise wrong(path, shown(text), f"{shown(id)} is not an id of its own for a token")
+                raise wrong(path, shown(text), f"{shown(id)} is not an id, or another token has it")
             found[id] = AddedToken(text, text in special, text not in special, id)
     found |= {token.id: token for token in in_file}
     return [found[id] for id in sorted(found)]
@@ -495,7 +496,7 @@ def missing(name, found, filename, error):
     named = (read_json(path) if path else {}).get("tokenizer_class")
     kind = (f"{path}: field tokenizer_class: {shown(named)}; " if named else "")
     if kind and str(named).removesuffix("Fast") not in ("GPT2Tokenizer", "GPTNeoXTokenizer"):
-        return (f"{kind}no byte-level BPE, and there is no tokenizer.json: "
+        return (f"{kind}this is not a byte-level BPE, and there is no tokenizer.json: "
                 "use transformers' tokenizer for it")
     return (f"no tokenizer.json and no {filename} in {name}: copy the checkpoint's tokenizer.json, "
             f"or vocab.json and merges.txt, there ({error})")[:300]

@@ -180,7 +180,7 @@ def check_device(name):
 
 
 def check_out(out, folder):
-    """ValueError for a place where neither the checkpoint nor the run can be written."""
+    """Raise ValueError if the checkpoint or the run cannot be written there."""
     if not out.name or out.name == "..":
         raise ValueError(f"--out must name a folder, not {str(out)!r}")
     for path in (out, folder):
@@ -232,10 +232,11 @@ def find_earlier(out, folder, settings):
     elif state := read_state(folder):
         earlier = state["settings"]
     elif os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} is there already, and not from train.py: choose another --out")
+        raise ValueError(f"{out} is there already and was not written by train.py: choose "
+                         "another --out")
     else:
         return False, None
-    # A run may be older than these settings.
+    # A run of an earlier version of this program did not save these settings.
     earlier = dict(task="lm", train=None, accumulate=1, processes=1) | earlier
     differ = [f"{name} was {earlier.get(name)!r} and is {value!r}"
               for name, value in settings.items() if earlier.get(name) != value]
@@ -247,7 +248,7 @@ def find_earlier(out, folder, settings):
 
 @contextlib.contextmanager
 def leaving_nothing(folder):
-    """Where a run fails before its first save, remove the folders that were made for it."""
+    """If a run fails before its first save, remove the folders that were made for it."""
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         yield
@@ -279,7 +280,7 @@ def open_task(task, init, shape, folder):
 
 
 def start(args):
-    """The run as it was left, or a new one; None if it is finished."""
+    """The run where it stopped, or a new one; None if it is finished."""
     options, folder = vars(args), run_folder(args.out)
     common = dict(context=args.context, batch_size=args.batch_size, seed=args.seed)
     task = (NextToken(args.text, args.valid, prompt=args.prompt, **common) if args.task == "lm" else
@@ -288,12 +289,12 @@ def start(args):
     finished, state = find_earlier(Path(args.out), folder, settings)
     if finished:
         return None
-    torch.manual_seed(args.seed)                            # of weights that are drawn
+    torch.manual_seed(args.seed)                            # for weights that are drawn
     news = open_task(task, args.init, {name: options[name] for name in NEW_MODEL},
                      folder if state else None)
     run = Run(task, folder, settings, fresh=not args.init,
               **{name: options[name] for name in RECIPE})
-    torch.manual_seed(args.seed + rank())                   # of dropout
+    torch.manual_seed(args.seed + rank())                   # for dropout
     if state:
         run.restore(state)
         news = f"going on after step {run.step} of {run.steps}"

@@ -47,7 +47,7 @@ REASONS = {"trust_remote_code": "code of a checkpoint is never run here",
 
 
 def loading_options(changes, device):
-    """Take the reference's arguments out of `changes` -> (the hub's, use_safetensors, device).
+    """Take transformers' arguments out of `changes` -> (the hub's, use_safetensors, device).
 
     Raises ValueError, with the name, for one that asks for something that is not done here.
     """
@@ -75,7 +75,7 @@ def check_usual(function, given, table):
     for name, value in given.items():
         usual = table.get(name, ())
         if not any(value is one or (value == one and type(value) is type(one)) for one in usual):
-            reason = REASONS.get(name, "only its usual values are taken")
+            reason = REASONS.get(name, "only its usual values are accepted")
             raise ValueError(f"{function}({name}={shown(value)}) is not supported: {reason}")
 
 

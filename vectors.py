@@ -72,11 +72,11 @@ TEXTS = ["HAMLET.", " to be, or not to be", "don't", "  two  spaces", "\n\n", "n
 # Writing
 # ------------------------------------------------------------------------------------------------
 
-def wide(model, seed):
+def draw_weights(model, seed):
     """Draw all weights with a standard deviation of 0.2, norm weights around 1: nothing is neutral.
 
-    The rows of the vocabulary without a token are small, as in the official checkpoints, where
-    nothing has trained them; so they are never the likeliest.
+    The rows of the vocabulary without a token are small, so that they are never the likeliest.  They
+    are small in the official checkpoints too, because nothing has trained them.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def wide(model, seed):
 def random_model(config, seed):
     """A model of this shape with wide random weights and naive attention."""
     kind = GPTNeoForCausalLM if isinstance(config, GPTNeoConfig) else GPTNeoXForCausalLM
-    return wide(kind(config, attn_implementation="naive"), seed)
+    return draw_weights(kind(config, attn_implementation="naive"), seed)
 
 
 def answers(model, ids):
@@ -115,7 +115,7 @@ def greedy(model, prompt):
 
 
 def write_case(folder, config, seed):
-    """One checkpoint with its ids and answers."""
+    """Write one checkpoint with its ids and answers."""
     model = random_model(config, seed)
     model.save_pretrained(folder)
     ids = make_ids(seed, 1, T, TOKENS)
@@ -137,7 +137,7 @@ def write_case(folder, config, seed):
 
 
 def write_tokenizer(folder, name):
-    """A bundled tokenizer's files, and texts with their ids."""
+    """Write a bundled tokenizer's files, and texts with their ids."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / name)
     tokenizer.save_pretrained(folder)
     cases = [{"text": text, "ids": tokenizer.encode(text)} for text in TEXTS]
@@ -364,7 +364,7 @@ def judge_case(folder, answered):
     wrong = {v.what for v in verdicts if not v.passed}
     if wrong & right.keys():
         return verdicts, find_mistakes(folder, ids, theirs, right)
-    if "cached_logits" in wrong:                           # right where there is no cache
+    if "cached_logits" in wrong:                           # the logits without a cache are right
         return verdicts, find_mistakes(folder, ids, {"logits": theirs["cached_logits"]}, right)
     return verdicts, None
 
@@ -397,7 +397,7 @@ def judge_tokenizer(folder, answered):
 
 
 def check_vectors(folder, answers_folder):
-    """-> (verdicts, {case: sets of mistakes that explain it}); a right case has no such sets.
+    """(verdicts, {case: sets of mistakes that explain it}); a case that is right is not in the dict.
 
     Raises ValueError or OSError where the vectors are damaged or there is no folder of answers;
     what is wrong with an answer is a Verdict.

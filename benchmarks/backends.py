@@ -110,8 +110,7 @@ def measure(backend, q, k, v, do, backward, seconds=1.0, **how):
 
 
 def inputs(B, heads, T, head_dim, dtype, device):
-    """q, k, v and the gradient of the output, each (B, heads, T, head_dim), the same numbers every
-    time."""
+    """q, k, v and the gradient of the output, each (B, heads, T, head_dim), always the same."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (B, heads, T, head_dim)
     return [torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(4)]
@@ -144,7 +143,7 @@ def table(layer, backward, lengths, heads, head_dim, window, dtype, device):
     rows, reasons = [], {}
     how = dict(scale=head_dim ** -0.5, window=window if layer == "local" else None)
     for T in lengths:
-        torch.compiler.reset()                             # FlexAttention: for each length anew
+        torch.compiler.reset()                             # FlexAttention compiles for each length
         tensors = inputs(1, heads, T, head_dim, dtype, device)
         measured = {name: measure(name, *tensors, backward, **how) for name in BACKENDS}
         cells = (f"{x:.3f}" if isinstance(x, float) else "–" for x in measured.values())

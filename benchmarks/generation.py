@@ -65,8 +65,10 @@ def bytes_of_a_step(config, context, dtype):
 
 
 def operations_of_a_prefill(config, T):
-    """Multiplications and additions of reading T tokens with the last one's logits: matrices, and
-    the scores and sums inside each layer's window."""
+    """Multiplications and additions of a prefill of T tokens with the logits of the last one.
+
+    They are those of the matrices, and of scores and weighted sums within each layer's window.
+    """
     C, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     pairs = sum(sum(min(i + 1, window or T) for i in range(T)) for window in config.windows)
     matrices = T * config.num_hidden_layers * (4 * C * C + 2 * C * inner) + C * config.vocab_size

@@ -60,8 +60,7 @@ from sampling import Settings, stream
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is: LARGE on a GPU, SMALL where only the code itself is tried, on a CPU.
-    """
+    """How large everything is: LARGE on a GPU, SMALL on a CPU, where only the code is tried."""
     widths: tuple = (64, 128, 80, 96, 256, 16, 48, 20)     # the official ones, and other kinds
     tokens: int = 300                                      # several blocks, and not a multiple
     windows: tuple = (None, 1, 100, 256)
@@ -288,7 +287,7 @@ def check_model(case, device, sizes):
 # ------------------------------------------------------------------------------------------------
 
 # How far below the best token's logit a chosen one's may be, in standard deviations of the logits.
-# float32 may swap two tokens that are as good as equal.  Half precision errs more, above all in
+# float32 may swap two tokens whose logits are almost equal.  Half precision errs more, above all in
 # GPT-Neo, whose scores are not scaled: on a CPU the definition reaches 0.03 in float16 and 0.32 in
 # bfloat16.  A forgotten window costs 0.9.
 MARGIN = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.6}

@@ -52,8 +52,11 @@ def prompt(T):
 
 
 def by_turns(points, runs_at, rounds):
-    """{point: {name: figures}}.  In each round every name has its turn at every point, so that a
-    minute in which the machine is slow falls on all points and makes no bump in a curve."""
+    """{point: {name: figures}}.
+
+    In each round every name is measured at every point, so that a minute in which the machine is
+    slow changes all points and makes no bump in a curve.
+    """
     runs = {(point, name): run for point in points for name, run in runs_at(point).items()}
     result = {point: {} for point in points}
     for (point, name), figures in in_turns(runs, rounds).items():

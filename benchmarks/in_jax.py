@@ -12,14 +12,14 @@ from benchmarks.shapes import SHAPES, write
 
 
 def seconds_a_token(text, n):
-    """Of text(number of new tokens): n more against none, so the prefill is not counted."""
+    """Seconds of one new token.  text(n) generates n tokens; the prefill is not counted."""
     return (seconds(lambda: text(n + 1))() - seconds(lambda: text(1))()) / n
 
 
 def run(model, rounds, contexts, new_tokens):
     """Seconds of one token at each context, of both in turns."""
     try:
-        from neo_jax import FlaxGPTNeoForCausalLM  # here, for JAX is optional
+        from neo_jax import FlaxGPTNeoForCausalLM  # imported here, because JAX is optional
     except ImportError:
         raise SystemExit("benchmark.py jax needs the package jax: pip install .[jax]") from None
     if not model.startswith("gpt-neo-"):

@@ -164,10 +164,10 @@ def work(name, T, window, D):
 
 
 def show_computed(T, window, heads, D):
-    """Print local beside global layers.
+    """Print the table of local and global layers.
 
-    The least time is that of all operations or that of all bytes at the GPU's published peak,
-    whichever is longer.
+    The least time is that of all operations or that of all bytes at the GPU's published peak, the
+    longer of the two.
     """
     print(f"\nComputed, not timed: T = {T}, {heads} heads {D} wide (one layer, one text), half "
           f"precision, W = {window} "
@@ -189,8 +189,8 @@ def show_computed(T, window, heads, D):
 def run():
     """Print both tables; exit with status 1 if there are failures."""
     if A.triton is None or A.INTERPRETED:
-        raise SystemExit("benchmark.py kernels compiles: it needs triton 3.7.1, and "
-                         "TRITON_INTERPRET not set to 1")
+        raise SystemExit("benchmark.py kernels needs triton 3.7.1, and TRITON_INTERPRET must not "
+                         "be 1, because it compiles the kernels")
     result = compile_all(WIDTHS, DTYPES)
     print("\nCompiled ahead of time, without a GPU: the most registers, spilled bytes and shared "
           "memory, and the fewest tensor-core\ninstructions, of float16 and bfloat16, with key "

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from diagnose import make_ids, off, trace  # noqa: E402
+from diagnose import make_ids, relative_differences, trace  # noqa: E402
 from load_weights import AutoModelForCausalLM  # noqa: E402
 from mistakes import planted, variants  # noqa: E402
 
@@ -41,7 +41,7 @@ def differences():
     kinds = ["global" if window is None else "local" for window in model.config.windows]
     rows = ["embeddings", *(f"block {i}, {kind}" for i, kind in enumerate(kinds)), "final norm",
             "logits"]
-    return rows, {name: [off(x, right)[1] for x, right in zip(port, reference)]
+    return rows, {name: [relative_differences(x, right)[1] for x, right in zip(port, reference)]
                   for name, port in ports.items()}
 
 

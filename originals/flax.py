@@ -18,7 +18,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 
 
 def tensor_of(data, dtype, shape):
-    """Bytes in C order -> a tensor of its own memory.  ValueError for a wrong number of bytes."""
+    """Bytes in C order -> a tensor, a copy of them.  ValueError for a wrong number of bytes."""
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for a tensor {tuple(shape)} of {dtype}")
     if not data:                                           # torch.frombuffer refuses none
@@ -47,7 +47,7 @@ def read_flax(path):
             for name, tensor in flax_leaves(unpacker, data):
                 stem, _, kind = name.rpartition(".")
                 if not torch.is_tensor(tensor) or kind not in FLAX_NAMES:
-                    raise ValueError(f"{plain(name)} is no array of a known layer")
+                    raise ValueError(f"{plain(name)} is not an array of a known layer")
                 if kind == "kernel":
                     tensor = tensor.T.contiguous()
                 yield f"{stem}.{FLAX_NAMES[kind]}", tensor
@@ -71,7 +71,7 @@ def flax_leaves(unpacker, data, above=()):
     for _ in range(unpacker.read_map_header()):
         key = unpacker.unpack()
         if not isinstance(key, str):
-            raise ValueError(f"the key {shown(key)} is no text")
+            raise ValueError(f"the key {shown(key)} is not a text")
         if key == "__msgpack_chunked_array__":
             raise ValueError("an array in chunks, which Flax makes of 1 GiB and more: no "
                              "GPT-Neo has one")
@@ -82,7 +82,7 @@ def flax_array(kind, payload):
     """The tensor in an extension of msgpack."""
     msgpack = flax_package(None)
     if kind != ARRAY:
-        raise ValueError(f"an extension of type {kind}, which is no array")
+        raise ValueError(f"an extension of type {kind}, which is not an array")
     shape, dtype, data = msgpack.unpackb(payload)
     if dtype not in DTYPES:
         raise ValueError(f"an array of dtype {shown(dtype)}; supported: {', '.join(DTYPES)}")

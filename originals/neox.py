@@ -22,7 +22,7 @@ import yaml
 from files import error_line, plain, shown
 
 # Training spread a layer's matrices over the GPUs of one machine (tensor parallelism).  A matrix
-# that widens, and the embedding, is cut by its output rows: a part is some of the heads, of the
+# that widens, and the embedding, is cut by its output rows: a part has some of the heads, of the
 # inner width, of the vocabulary.  The matrix that follows is cut by its input columns, so that each
 # GPU goes on with what it has, and their results are added up.
 ROWS, COLUMNS = "rows", "columns"
@@ -61,8 +61,8 @@ FIRST_BLOCK = 2
 # The keys by which a layer is known.
 MARKS = {"word_embeddings.weight": "embedding", "attention.dense.weight": "block",
          "norm.weight": "final norm", "final_linear.weight": "head"}
-AFTER = {"embedding": 0, "block": 1, "final norm": 3, "head": 4}    # its number less that of blocks
-FURTHEST = 0.1         # what copies may differ, over their norm: those of GPT-NeoX-20B have drifted
+AFTER = {"embedding": 0, "block": 1, "final norm": 3, "head": 4}    # its number - that of blocks
+FURTHEST = 0.1         # how far copies may differ, relative to their norm: some have drifted
 
 # DeepSpeed keeps NumPy's random state beside the weights: an array of uint32, which takes these to
 # build.
@@ -107,8 +107,8 @@ def neox_folder(folder):
         named = latest.read_text(encoding="utf-8", errors="replace").strip()
         steps = [place for place in steps if place.name == named]
         if not steps:
-            raise FileNotFoundError(f"{latest} names {shown(named)}, which is no folder there with "
-                                    "GPT-NeoX's files")
+            raise FileNotFoundError(f"{latest} names {shown(named)}, which is not a folder there "
+                                    "with GPT-NeoX's files")
     if len(steps) > 1:
         raise ValueError(f"{folder} has {len(steps)} steps and no file 'latest': give the folder "
                          f"of one, as {steps[-1]}")
@@ -155,9 +155,9 @@ def read_part(path, unpickle):
     if match:
         return {(int(match[1]), key): tensor for key, tensor in state.items()}
     if not state:
-        raise FileNotFoundError(f"{path} holds no weights, and no "
-                                "layer_00-model_00-model_states.pt and so on lie "
-                                "beside it: get these")
+        raise FileNotFoundError(f"{path} holds no weights, and the files "
+                                "layer_00-model_00-model_states.pt and so on, which hold them, are "
+                                "not beside it: get these")
     slots = [re.fullmatch(r"sequential\.(\d{1,4})\.(.*)", key) for key in state]
     if None in slots:
         raise ValueError(f"{path}: {plain(list(state)[slots.index(None)])} is not of the form "
@@ -239,7 +239,7 @@ def count_blocks(kinds):
 
 
 # ------------------------------------------------------------------------------------------------
-# Joining parts, and cutting anew
+# Joining parts, and cutting into parts
 # ------------------------------------------------------------------------------------------------
 
 def read_neox(path, unpickle, parallel):
@@ -263,7 +263,7 @@ def read_neox(path, unpickle, parallel):
 
 
 def joined(parts, kind, parallel):
-    """One tensor of its parts in the order of the ranks, in their dtype, as in GPT-NeoX."""
+    """One tensor from its parts in the order of the ranks, in their dtype, as in GPT-NeoX."""
     if len(parts) == 1:
         return parts[0]
     if kind in (ROWS, COLUMNS):
@@ -280,7 +280,7 @@ def joined(parts, kind, parallel):
 
 
 def cut(tensor, kind, count, parallel):
-    """The parts that `joined` makes this very tensor of."""
+    """The parts from which `joined` makes exactly this tensor."""
     if kind in (ROWS, COLUMNS):
         return tensor.chunk(count, dim=0 if kind == ROWS else 1)
     if kind == COPIES or not parallel or count == 1:
@@ -348,7 +348,7 @@ SUPPORTED = {
 
 
 def neox_settings(folder):
-    """({key: value}, path) of the .yml files beside the weights, in configs/ or above.
+    """({key: value}, path) of the .yml files beside the weights, in configs/ or one folder up.
 
     GPT-NeoX takes any number of files; settings that contradict each other raise ValueError.
     """
@@ -381,7 +381,7 @@ def neox_config(folder, unpickle):
     """Settings and shapes -> the contents of the hub's config.json.  Shapes win, with a warning.
 
     hidden_act is "gelu" as on the hub's pages of Pythia, though training took the tanh form where
-    bias_gelu_fusion is true; GPT-NeoX's own script leaves it so.  The tokenizer's end is id 0.
+    bias_gelu_fusion is true; GPT-NeoX's own script does the same.  The tokenizer's end is id 0.
     """
     settings, path = neox_settings(folder)
     if path is None:
@@ -428,9 +428,9 @@ def warn_of_others(settings, path, shapes):
 
 
 def setting(settings, path, key, default):
-    """A number or truth value, also where YAML makes a text of a number, as of 1e-5.
+    """A number or truth value.  YAML reads 1e-5 as a text; it becomes a number here.
 
-    Without a default (None) it must be there.
+    If the default is None, the setting must be there.
     """
     value = settings.get(key, default)
     if value is None:
@@ -439,7 +439,7 @@ def setting(settings, path, key, default):
         with contextlib.suppress(ValueError):
             value = float(value)
     if not isinstance(value, (int, float)):
-        raise ValueError(f"{path}: {key} is {shown(value)}, which is no number")
+        raise ValueError(f"{path}: {key} is {shown(value)}, which is not a number")
     return value
 
 
@@ -475,7 +475,7 @@ def count_heads(settings, path, layers, hidden, rotary):
     if not fits(heads):
         raise ValueError(f"{path}: num_attention_heads is {shown(heads)}, which does not fit the "
                          f"weights: width {hidden}"
-                         + (f", of each head {2 * rotary[0]} dims turn" if rotary else ""))
+                         + (f", of each head {2 * rotary[0]} dims rotate" if rotary else ""))
     return heads
 
 
@@ -483,7 +483,7 @@ def neox_yml(config, parts):
     """The settings of a model in `parts` tensor-parallel parts, to go on training it in GPT-NeoX.
 
     GPT-NeoX pads its tokenizer's vocabulary to a multiple of make_vocab_size_divisible_by times the
-    parts: this multiple is the very number of rows.
+    parts.  Here this multiple is the number of rows itself.
     """
     rows = -(-config.vocab_size // parts)
     return {"pipe_parallel_size": 1, "model_parallel_size": parts,

@@ -99,9 +99,9 @@ def mesh_index(folder):
 def read_mesh(index, vocab_size):
     """Yield (the hub's name, tensor) of a TensorFlow checkpoint, one tensor in memory at a time.
 
-    Rows of the embedding beyond vocab_size are padding and left out.  Optimizer and step are passed
-    over; a name without a rule is yielded as it is.  Raises ValueError and FileNotFoundError that
-    name the file.
+    Rows of the embedding beyond vocab_size are padding and are left out, and so are the optimizer
+    and the step; a name without a rule is yielded as it is.  Raises ValueError and
+    FileNotFoundError that name the file.
     """
     entries, shards = read_index(index)
     for name, entry in entries.items():
@@ -227,9 +227,9 @@ def read_entry(index, name, entry, shards):
         raise ValueError(f"{index}: {plain(name)} has {error}") from None
 
 
-# The checksum is linear over bits: that of A then B is that of A, moved past as many zeros as B is
-# long, xor that of B.  So neighbours are merged, all pairs at once in numpy, then pairs of pairs,
-# and so on.
+# The checksum is linear over bits.  So the checksum of A followed by B is that of A, moved past as
+# many zero bytes as B has, xor that of B.  Here numpy merges all pairs of neighbours at once, then
+# all pairs of pairs, and so on.
 
 CHUNK = 2**18                                           # words of 4 bytes that are merged at a time
 
@@ -270,7 +270,7 @@ def moved(words, level):
 
 @functools.cache
 def moving(level):
-    """The two tables, of where each bit goes: at level 0 by the definition, else moved twice."""
+    """The two tables that `moved` looks up: at level 0 by the definition, else moved twice."""
     bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
     images = (moved(moved(bits, level - 1), level - 1) if level else
               np.array([by_bits(int(bit), bytes(4)) for bit in bits], np.uint32))
@@ -281,5 +281,5 @@ def moving(level):
 
 
 def masked(checksum):
-    """As it is stored, so that a checksum of checksums is no trivial one (crc32c.h)."""
+    """A checksum in its stored form, which is safe to be part of checksummed data (crc32c.h)."""
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF

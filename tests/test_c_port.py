@@ -69,7 +69,7 @@ def test_a_broken_line_is_named(mistake, vectors_folder, tmp_path, capsys):
     status, table, named = judged(vectors_folder, answers, tmp_path, capsys)
     assert status == 1 and named == {case: {mistake} for case in cases}
     assert set(re.findall(r"mistake: ([a-z0-9-]+): ", table)) == {mistake}
-    assert table.count("in its place: ") == len(cases)
+    assert table.count("instead: ") == len(cases)
 
 
 def test_a_mistake_of_the_cache_alone_fails_the_cached_answers_alone(

@@ -410,7 +410,7 @@ def test_bad_arguments_are_one_line(folders, capsys, tmp_path):
     assert "no folder" in line_of_error(capsys, folder, "--plot", tmp_path / "nothing" / "x.png")
     assert "is a folder" in line_of_error(capsys, folder, "--json", tmp_path)
     assert "is a folder" in line_of_error(capsys, folder, "--save-ours", tmp_path)
-    assert "mine.safetensors is none" in line_of_error(capsys, folder, "--theirs", tmp_path / "mine.safetensors")
+    assert "mine.safetensors is not one" in line_of_error(capsys, folder, "--theirs", tmp_path / "mine.safetensors")
     assert "from the file" in line_of_error(capsys, folder, "--theirs", "x.safetensors", "--lengths", "5")
     Path(tmp_path, "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     assert "cut.safetensors" in line_of_error(capsys, folder, "--theirs", tmp_path / "cut.safetensors")

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from helpers import ours, random_case, saved
-from load_weights import NAMES, AutoModelForCausalLM, told
+from load_weights import NAMES, AutoModelForCausalLM, problem_text
 
 CASE = random_case(1)                                      # GPT-NeoX
 
@@ -171,7 +171,7 @@ def test_quantized_weights_are_one_line(ending, tool, folder):
 
 def test_a_long_list_is_cut():
     problems = [f"missing tensor a.{i} (3, 4)" for i in range(500)]
-    text = told(problems, NAMES["gpt_neox"])
+    text = problem_text(problems, NAMES["gpt_neox"])
     assert len(text.splitlines()) == 12 and "and 490 more" in text
 
 

@@ -17,7 +17,9 @@ import transformers
 
 import benchmark
 import compare
+import convert
 import generate
+import look
 import sampling
 import train
 from benchmarks.shapes import SHAPES, model_class
@@ -26,9 +28,10 @@ from load_weights import AutoModelForCausalLM, AutoTokenizer
 from training.model import new_model
 
 SVG = "{http://www.w3.org/2000/svg}"
-README, TRAINING, CHECKPOINTS, BENCHMARKS = (
-    ROOT.joinpath(folder, "README.md").read_text(encoding="utf-8")
-    for folder in ("", "training", "checkpoints", "benchmarks"))
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
+    "README.md", "training/README.md", "checkpoints/README.md", "benchmarks/README.md", "notebooks/README.md",
+    "fast/README.md", "originals/README.md", "docs/checking-a-port.md")}
+README, TRAINING, CHECKPOINTS, BENCHMARKS, *_ = PAGES.values()
 
 
 def rows(header, document=README):
@@ -105,18 +108,17 @@ def test_make_commands_are_targets():
     """Each is in the Makefile, and .PHONY, since folders have such names too."""
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
-    commands = set(re.findall(r"\bmake ([a-z][a-z-]+)(?=`|\n| +#)", README + TRAINING + CHECKPOINTS))
-    assert {"demo", "test", "test-all", "test-cpus", "notebooks", "finetune"} <= commands <= set(phony)
+    commands = set(re.findall(r"\bmake ([a-z][a-z-]+)(?=`|\n| +#)", "\n".join(PAGES.values())))
+    assert {"demo", "test", "test-all", "test-cpus", "notebooks", "finetune", "lab", "port"} <= commands <= set(phony)
     assert all(re.search(rf"^{name}:", makefile, re.M) for name in commands)
 
 
 def test_links_lead_to_files():
-    """Relative links and pictures of the four READMEs."""
-    for folder, document in (("", README), ("training", TRAINING), ("checkpoints", CHECKPOINTS),
-                             ("benchmarks", BENCHMARKS)):
+    """Relative links and pictures of every page."""
+    for page, document in PAGES.items():
         for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", document):
             if not "".join(link).startswith("http"):
-                assert (ROOT / folder / "".join(link)).exists(), link
+                assert (ROOT / page).parent.joinpath("".join(link)).exists(), (page, link)
 
 
 def test_what_generate_refuses_is_refused():
@@ -222,17 +224,20 @@ def test_python_example_runs(capsys, monkeypatch):
 
 
 def test_command_lines_parse():
-    """Every option in the commands of README.md and of the two READMEs about training exists."""
+    """Every file in the commands of all pages exists, and every option."""
     import shlex
-    parsers = {"generate.py": generate.arguments, "compare.py": compare.arguments, "train.py": train.parse}
+    parsers = {"generate.py": generate.arguments, "compare.py": compare.arguments, "train.py": train.parse,
+               "look.py": look.arguments, "convert.py": convert.arguments, "benchmark.py": benchmark.arguments}
     seen = set()
-    text = "\n".join([README, TRAINING, CHECKPOINTS]).replace("\\\n", " ").replace("$DEMO", "--text a --seed 0")
-    for line in re.findall(r"(?:^|python )((?:generate|compare|train)\.py .*)$", text, re.M):
-        command, *arguments = shlex.split(line.split(" #")[0])
-        if "CHECKPOINT" in arguments:
-            continue
-        parsers[command](arguments)
-        seen.add(command)
+    text = re.sub(r"\\\n\s*", "", "\n".join(PAGES.values()))
+    text = text.replace("$DEMO", re.search('DEMO="(.*)"', text)[1])
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    for line in re.findall(r"(?:^|/|python |torchrun .*?)\b([\w/]+\.py .*)$", blocks, re.M):
+        command, *arguments = shlex.split(re.split(" [#>]| {3,}", line)[0])
+        assert (ROOT / command).is_file(), command
+        if command in parsers:
+            parsers[command](arguments)
+            seen.add(command)
     assert seen == parsers.keys()
 
 

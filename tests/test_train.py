@@ -421,7 +421,7 @@ def test_a_classifier_is_no_language_model(checkpoint, tmp_path, capsys):
     (["--device", "gpu"], "--device gpu cannot be used here"), (["--device", "meta"], "--device meta cannot"),
     (["--out", ""], "--out must name a folder"), (["--out", "/"], "--out must name a folder"),
     (["--out", ".."], "--out must name a folder"), (["--out", "/proc/nothing/out"], "/proc"),
-    (["--out", "{}/one.txt/out"], "one.txt"), (["--out", "{}/one.txt"], "is there already, and not from train.py"),
+    (["--out", "{}/one.txt/out"], "one.txt"), (["--out", "{}/one.txt"], "is there already and was not written by train.py"),
     (["--out", "{}/" + "x" * 300], "File name too long"),
     (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     (["--text", "{}"], "Is a directory"), (["--valid", "{}"], "Is a directory")])

@@ -197,7 +197,7 @@ def test_a_mistake_is_named_in_the_table_and_in_xml(case, mistake, names, folder
     assert status == 1 and out.count("mistake: ") == 1 and f"mistake: {mistake}: " in out
     failures = ElementTree.parse(tmp_path / "report.xml").findall("testcase/failure")
     assert failures and all(f"mistake: {mistake}" in f.attrib["message"] for f in failures)
-    assert all("in its place: " in f.text for f in failures)
+    assert all("instead: " in f.text for f in failures)
 
 
 def array(change):

@@ -13,7 +13,7 @@
 
 No recipe was chosen by the plays that are scored.  The recipe of part 1 was tried with three of the
 training plays held out (As You Like It, Coriolanus, Henry VI part 2); that of part 2 is the first
-that was tried.  The same command again trains nothing anew and prints the same.
+that was tried.  If the same command is run again, it trains nothing and prints the same tables.
 
 The kinds are those of the First Folio (1623), which has Cymbeline among the tragedies, and The
 Winter's Tale and The Tempest among the comedies.  Troilus and Cressida stands there between the

@@ -39,8 +39,9 @@ def learn_merges(texts, alphabet, count):
         vocab_size=len(alphabet) + count, min_frequency=2, initial_alphabet=alphabet,
         show_progress=False))
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    # The official files have one merge for each token.  Were a token made in two ways, its rank
-    # would not be its id's; and a short text runs out of pairs that occur twice.
+    # The official files have one merge for each token.  If a token could be made in two ways, the
+    # order of the merges would not be the order of the ids.  And a short text has too few pairs
+    # that occur twice.
     if not len(merges) == len({left + right for left, right in merges}) == count:
         raise ValueError(f"--vocab-size needs {count} merges and the text gives {len(merges)}: "
                          "choose another size, or more text")

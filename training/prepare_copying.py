@@ -5,7 +5,7 @@
 A line has 63 words: 3 to 31 random words, and then the same words in the same order again and
 again.  How many they are differs from line to line.  Nothing tells which word comes next the first
 time; later it is the word that followed the last time.  So a model that learns from this text can
-only learn to copy, and a head that always looks back by the same distance is no use.
+only learn to copy, and a head that always looks back by the same distance does not help.
 
 There are 80 words of one consonant and one vowel.  Each is one token, and with its line end a line
 has 64 tokens, so windows of --context 64 do not mix two lines.

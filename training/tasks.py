@@ -5,7 +5,7 @@ A task reads its files when it is made.  Then it has
     load(checkpoint)        the model and the tokenizer to begin with
     open(model, tokenizer)  encodes the texts; returns a line that says what there is
     batch(step)             what the model is called with: {"input_ids": (B, T), "labels": ...}
-    count(labels)           how many of the labels the model's loss is the mean of
+    count(labels)           over how many of the labels the model's loss is the mean
     scores(model, dtype)    of the held-out files: {"valid_loss": ...}
     evaluate(model, dtype)  the same while training, with a sample of text where there can be one
 
@@ -144,7 +144,7 @@ class NextToken:
         return dict(sample=self.tokenizer.decode(ids[0].tolist())) | self.scores(model, dtype)
 
     def scores(self, model, dtype):
-        """Of the held-out texts: see `score_texts`."""
+        """The scores of the held-out texts, see `score_texts`."""
         if not self.valid:
             return {}
         scores = score_texts(model, self.valid, self.tokenizer, self.context, dtype)
@@ -200,7 +200,7 @@ class Label:
                 raise ValueError(f"{place}: label {label!r}, which no training text has")
         if self.valid:
             try:
-                import sklearn.metrics  # noqa: F401  said before training
+                import sklearn.metrics  # noqa: F401  so that a missing package is found now
             except ImportError:
                 raise ValueError("--task classify with --valid needs scikit-learn: "
                                  "pip install scikit-learn") from None
@@ -213,7 +213,7 @@ class Label:
             raise ValueError(f"{checkpoint}: its tokenizer has neither pad_token nor eos_token "
                              "(tokenizer_config.json), and the shorter texts must be padded")
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token       # the custom with GPT-2 and GPT-Neo
+            tokenizer.pad_token = tokenizer.eos_token       # as is usual with GPT-2 and GPT-Neo
         labels = dict(id2label=dict(enumerate(self.names)))
         if head == "SequenceClassification":               # it has labels, which must be the same
             labels = {}

@@ -21,7 +21,7 @@ from files import read_text
 def read_plain(file):
     """The text of a UTF-8 file, without a byte-order mark and with "\\n" for "\\r\\n".
 
-    Raises ValueError that names the file if it cannot be read, is no UTF-8 text, or is empty.
+    Raises ValueError that names the file if it cannot be read, is not UTF-8 text, or is empty.
     """
     text = read_text(Path(file)).replace("\r\n", "\n")
     if not text.strip():
@@ -69,7 +69,7 @@ def checked(place, text, label):
 
 
 def is_unicode(text):
-    """False where half of a surrogate pair stands alone, as "\\ud800" in JSON: UTF-8 has none."""
+    """False if half of a surrogate pair stands alone, as "\\ud800" may in JSON: no UTF-8 has it."""
     return not re.search("[\ud800-\udfff]", text)
 
 
@@ -85,7 +85,7 @@ def csv_rows(file, content):
                                  f"label, each once; it is {','.join(header)!r:.80}")
         text, label, line = header.index("text"), header.index("label"), reader.line_num + 1
         for row in reader:
-            if row and len(row) != len(header):             # an empty line is no row
+            if row and len(row) != len(header):             # an empty line is not a row
                 raise ValueError(f"{file}: line {line}: {len(row)} fields, and the header has "
                                  f"{len(header)} (a text with commas is put in quotes)")
             if row:
@@ -130,7 +130,7 @@ class Batches:
 
     Every epoch cuts the text into windows of T tokens, at another offset than the epoch before, and
     takes each of them once, in another order.  A batch depends on the seed and the step alone, so a
-    run that goes on has no place in the data to restore.
+    run that goes on need not restore a place in the data.
     """
 
     def __init__(self, ids, context, batch_size, seed):
