@@ -33,7 +33,7 @@ def mutated_bytes(data, draw):
     return bytes(data)
 
 
-def places(value, above=()):
+def places(value):
     """Every (container, key) inside a JSON value."""
     for key in (list(value) if isinstance(value, dict) else range(len(value))):
         yield value, key

@@ -680,7 +680,7 @@ def test_a_seed_that_is_no_seed(capsys):
     assert caught.value.code == 2 and "--seed must fit into 64 bits" in capsys.readouterr().err
 
 
-def test_another_checkpoints_tokenizer(folder, tmp_path, capsys):
+def test_another_checkpoints_tokenizer(folder, tmp_path):
     """TinyStories' folder on the hub has none of its own; --revision is the model's."""
     own = tmp_path / "tokenizer"
     own.mkdir()

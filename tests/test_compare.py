@@ -50,7 +50,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def port(folders, tmp_path_factory):
+def port(folders):
     """{family: tensors of a port's file}, where the port is transformers and T is above 2 windows."""
     found = {}
     for family, (_, model_class) in REFERENCE.items():

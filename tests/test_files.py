@@ -221,7 +221,7 @@ def test_json_that_is_none(content, tmp_path):
     assert str(caught.value).startswith(str(path)) and len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
-def test_a_cache_that_cannot_be_written(monkeypatch):
+def test_a_cache_that_cannot_be_written():
     """"Run the same command again" would not help there."""
     error = PermissionError(13, "Permission denied", "/cache")
     text = files.download_problem("some/model", "config.json", error)

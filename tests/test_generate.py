@@ -508,7 +508,7 @@ def test_stream_gives_each_token_when_it_is_chosen(pair):
         hook.remove()
 
 
-def test_rows_without_a_token_are_not_chosen(pair, monkeypatch, capsys):
+def test_rows_without_a_token_are_not_chosen(pair, monkeypatch):
     """A model's matrix has more rows than its tokenizer has tokens; the command line leaves them out,
     generate does not, as the reference."""
     model, ids = pair[1], torch.tensor([[4, 5, 6]])

@@ -154,7 +154,7 @@ def test_config_by_itself():
             other.config_class.from_pretrained(saved(family))
 
 
-def test_loading_draws_no_random_numbers(tmp_path):
+def test_loading_draws_no_random_numbers():
     """The same seed gives the same text, however the model came into memory."""
     folder = saved("gpt_neo")                              # this one does, the first time
     state = torch.get_rng_state()
@@ -223,14 +223,14 @@ def test_base_model_files(family, container, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_causal_checkpoint_into_the_base_model(family, tmp_path):
+def test_causal_checkpoint_into_the_base_model(family):
     """The head is left out, nothing else is."""
     model = load(saved(family), family, base=True)
     theirs = THEIR_BASE[family].from_pretrained(saved(family), attn_implementation="eager")
     assert torch.equal(forward(model), forward(theirs))
 
 
-def test_base_files_into_the_causal_model(tmp_path):
+def test_base_files_into_the_causal_model():
     """GPT-Neo's head is the embedding, so all is there; NeoX's is missing, and must not be random."""
     model = load(saved("gpt_neo", base=True), "gpt_neo")
     theirs = THEIRS["gpt_neo"].from_pretrained(saved("gpt_neo", base=True), attn_implementation="eager")

@@ -100,7 +100,7 @@ def test_more_bad_calls(tmp_path, capsys):
         look.look(TEXT, model)
 
 
-def test_size_and_odd_text(tmp_path):
+def test_size_and_odd_text():
     """100 tokens are at most 1 MB; nothing in the text can end the script; no part of a character is lost."""
     text = "</script><b>é\u200b😀 " + TEXT * 4
     page = look.look(text)

@@ -512,7 +512,7 @@ def flip(path, at):
 
 
 @pytest.mark.parametrize("kind", MESH_DAMAGE)
-def test_damaged_mesh_checkpoints(kind, tmp_path, capsys):
+def test_damaged_mesh_checkpoints(kind, tmp_path):
     damage, says = MESH_DAMAGE[kind]
     folder, _ = mesh_folder(tmp_path)
     damage(folder)

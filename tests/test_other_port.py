@@ -152,7 +152,7 @@ def test_two_mistakes_at_once(shape, some):
 
 @pytest.mark.parametrize("how", [dict(how="einsum"), dict(how="blocks"), dict(how="cached"), dict(dtype=np.float64)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_right_ports_are_given_no_name(shape, how, tmp_path, capsys):
+def test_right_ports_are_given_no_name(shape, how, tmp_path):
     status, report = by_cli(shape, 0, tmp_path=tmp_path, **how)
     assert status == 0 and report["same"] and report["mistakes"] == []
 
@@ -163,11 +163,11 @@ FAULTS = ["dropout", "residual-halved", "layers-exchanged", "matrix-of-another-l
 @pytest.mark.parametrize("shape, fault", [
     pytest.param(shape, fault, marks=() if (i, j) == (1, 0) else pytest.mark.long)
     for i, shape in enumerate(SHAPES) for j, fault in enumerate(FAULTS)])
-def test_a_fault_of_no_table_is_given_no_name(shape, fault, tmp_path, capsys):
+def test_a_fault_of_no_table_is_given_no_name(shape, fault, tmp_path):
     check_no_name(shape, fault, tmp_path)
 
 
-def test_a_fault_of_gpt_neox_is_given_no_name(tmp_path, capsys, monkeypatch):
+def test_a_fault_of_gpt_neox_is_given_no_name(tmp_path, monkeypatch):
     """Without the search for pairs, 2,700 trials; test_diagnose.py makes them for another fault."""
     monkeypatch.setattr(D, "SECONDS", 0)
     check_no_name("neox-all-dims", "layers-exchanged", tmp_path)
@@ -194,7 +194,7 @@ CHANGES = [lambda x, draw: x * float("nan"), lambda x, draw: x * float("inf"), l
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.long) for s in range(2, 60))])
-def test_random_changes_never_end_in_a_traceback(seed, tmp_path, capsys):
+def test_random_changes_never_end_in_a_traceback(seed, tmp_path):
     """Some rows of a right port's file changed at random, and some left out."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
