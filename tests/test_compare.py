@@ -403,7 +403,7 @@ def test_bad_arguments_are_one_line(folders, capsys, tmp_path):
     assert "backend" in line_of_error(capsys, folder, "--backend", "magic")
     assert "64 positions" in line_of_error(capsys, folder, "--lengths", "65")
     assert "lengths" in line_of_error(capsys, folder, "--lengths", "5,0")
-    assert "2 at least" in line_of_error(capsys, folder, "--lengths", "1", "--gradients")
+    assert "at least 2" in line_of_error(capsys, folder, "--lengths", "1", "--gradients")
     assert "lengths" in line_of_error(capsys, folder, "--lengths", str(10**23))
     assert "--batch must be" in line_of_error(capsys, folder, "--batch", str(10**23))
     assert "--tolerance must be" in line_of_error(capsys, folder, "--tolerance", "nan")

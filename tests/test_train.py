@@ -296,6 +296,7 @@ def test_bad_texts(folder, capsys):
 
 def test_out_of_another_run(folder, finished, capsys):
     finished["neo"], finished["neox"]
+    capsys.readouterr()                                    # what training them, if only now, has printed
     error = refused(capsys, command(folder, "neo", "neo", "--lr", "3e-3"))
     assert "other settings (lr was 0.01 and is 0.003)" in error
     (finished["neox"] / "training.json").rename(folder / "aside")  # now only its state is there
@@ -311,7 +312,7 @@ def test_out_of_another_run(folder, finished, capsys):
     one.write_text(text, encoding="utf-8")
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.tex").write_text("precious")
-    assert "not from train.py" in refused(capsys, command(folder, "mine", "neo"))
+    assert "not written by train.py" in refused(capsys, command(folder, "mine", "neo"))
 
 
 @pytest.mark.parametrize("more, words", [
