@@ -220,10 +220,10 @@ def key_mask_of(attention_mask, B, S):
 
 # Arguments of the reference's forward that this project does not have, with the values that change
 # nothing.
-IN_CALL = {"use_cache": (None, False), "past_key_values": (None,), "cache_position": (None,),
+NOT_SUPPORTED = {"use_cache": (None, False), "past_key_values": (None,), "cache_position": (None,),
            "token_type_ids": (None,), "head_mask": (None,), "num_items_in_batch": (None,)}
 OWN_CACHE = "make a cache with attention.KVCache and pass it as cache"
-INSTEAD = {"use_cache": OWN_CACHE, "past_key_values": OWN_CACHE}
+ADVICE = {"use_cache": OWN_CACHE, "past_key_values": OWN_CACHE}
 
 
 def as_usual(forward):
@@ -233,11 +233,11 @@ def as_usual(forward):
     """
     @functools.wraps(forward)
     def called(self, *args, return_dict=None, **kwargs):
-        for name in [name for name in kwargs if name in IN_CALL]:
+        for name in [name for name in kwargs if name in NOT_SUPPORTED]:
             value = kwargs.pop(name)
-            if not any(value is usual for usual in IN_CALL[name]):
+            if not any(value is usual for usual in NOT_SUPPORTED[name]):
                 raise ValueError(f"{name}={shown(value, 40)} is not supported in the call of a "
-                                 "model: " + INSTEAD.get(name, "leave it out"))
+                                 "model: " + ADVICE.get(name, "leave it out"))
         out = forward(self, *args, **kwargs)
         return out if return_dict in (None, True) else out.to_tuple()
     return called

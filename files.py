@@ -293,12 +293,12 @@ def download_problem(where, filename, error):
 # Writing
 # ------------------------------------------------------------------------------------------------
 
-def write_files(folder, files, gone=()):
+def write_files(folder, files, obsolete=()):
     """Write files that belong together into a folder: afterwards all are new, or all are as before.
 
     files: {name: bytes, or a function that writes the file at the path it is given}.  The last one
     must be a file without which no program reads the folder, such as config.json.
-    gone: names of older files that the new ones replace; they are removed.
+    obsolete: names of older files that the new ones replace; they are removed.
 
     Each file is first written in the folder under a temporary name, and renamed when all of them
     are complete; so the folder may be the one that the weights are mapped from.  Temporary files
@@ -312,14 +312,14 @@ def write_files(folder, files, gone=()):
     check_places(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        remove_leftovers(folder, [*files, *gone])
+        remove_leftovers(folder, [*files, *obsolete])
         parts = {}
         try:
             for name, content in files.items():
                 parts[name] = temporary(folder, name, "part")
                 write_part(parts[name], content, folder / name)
                 parts[name].chmod(0o666 & ~current_umask())    # mkstemp lets only the owner read
-            put_in_place(folder, parts, gone)
+            put_in_place(folder, parts, obsolete)
         finally:
             for path in parts.values():
                 path.unlink(missing_ok=True)
@@ -372,7 +372,7 @@ def write_part(path, content, place):
         raise OSError(number, why, str(place)) from None
 
 
-def put_in_place(folder, parts, gone=()):
+def put_in_place(folder, parts, obsolete=()):
     """Rename complete files, {name: temporary path}, to their names: all of them, or none.
 
     The old file of the last name is moved away first, and the new one put in its place last: if the
@@ -380,12 +380,12 @@ def put_in_place(folder, parts, gone=()):
     mixture of old and new files.
     """
     *others, last = parts
-    if not others and not gone:                            # one file: one rename, which is atomic
+    if not others and not obsolete:                        # one file: one rename, which is atomic
         os.replace(parts[last], folder / last)
         return
     undo = []                                              # (where the old file is now, its place)
     try:
-        for name in [last, *others, *gone]:
+        for name in [last, *others, *obsolete]:
             if os.path.lexists(folder / name):
                 aside = temporary(folder, name, "old")
                 undo.append((aside, folder / name))

@@ -576,7 +576,7 @@ def save_pretrained(model, folder):
     write_files(folder, {
         file: lambda path: save_file(state, path, metadata={"format": "pt"}),
         **settings_files(model, type(model).__name__, model.dtype, **quantized)},
-        gone=old_shards(folder))
+        obsolete=old_shards(folder))
 
 
 def old_shards(folder):

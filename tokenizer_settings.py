@@ -29,7 +29,7 @@ class AddedToken(NamedTuple):
     id: int | None = None              # as given in a file
 
 
-class Read(NamedTuple):
+class Contents(NamedTuple):
     """The contents of the files of one tokenizer."""
     source: object                     # the path of the vocabulary, for messages
     vocab: dict                        # {token: id}
@@ -350,8 +350,8 @@ def mergeable_ranks(path, vocab, merges):
                         f"{vocab.get(token, 'none')}, after {last}")
         if pair := rival(left, right, vocab, halves):
             raise wrong(path, merge_of(left, right),
-                        f"can never happen, for {shown(pair[0])} {shown(pair[1])} comes "
-                        "first; tiktoken would do it all the same, so this file cannot be used")
+                        f"can never happen, because {shown(pair[0])} {shown(pair[1])} comes "
+                        "first; tiktoken would still make it, so this file cannot be used")
         halves[token], last = (left, right), vocab[token]
     return {token_bytes(t): vocab[t] for t in (*(c for c in BYTE if c in vocab), *halves)}
 
@@ -377,9 +377,10 @@ CONFIG = {
     "auto_map": ABSENT, "fast_tokenizer_files": ABSENT, "model_specific_special_tokens": NOTHING,
 }
 # Arguments of transformers' constructors, which no file of a checkpoint should set.
-INSIDE = ("vocab", "merges", "tokenizer_object", "gguf_file", "init_inputs", "post_processor",
-          "tokenizer_padding", "tokenizer_truncation", "_json_padding", "_json_truncation",
-          "_spm_precompiled_charsmap", "config", "args", "kwargs", "self", "cls", "__type")
+CONSTRUCTOR_ARGUMENTS = (
+    "vocab", "merges", "tokenizer_object", "gguf_file", "init_inputs", "post_processor",
+    "tokenizer_padding", "tokenizer_truncation", "_json_padding", "_json_truncation",
+    "_spm_precompiled_charsmap", "config", "args", "kwargs", "self", "cls", "__type")
 
 
 def check_config(path, config, cls, has_tokenizer_json):
@@ -390,7 +391,7 @@ def check_config(path, config, cls, has_tokenizer_json):
     if has_tokenizer_json:                             # then its post_processor decides
         rules |= dict(add_bos_token=NEUTRAL_FLAG, add_eos_token=NEUTRAL_FLAG)
     for key in config.keys() - rules.keys():
-        if key in INSIDE or callable(getattr(cls, key, None)):
+        if key in CONSTRUCTOR_ARGUMENTS or callable(getattr(cls, key, None)):
             raise wrong(path, shown(key), "is not a setting of a tokenizer")
         rules[key] = NOTHING if key.endswith("_token") else ANY
     check(path, "", config, rules)
@@ -517,5 +518,5 @@ def read_files(paths, overrides, cls):
         source, nfc, in_file, settings = paths["vocab.json"], bool(cls.normalizes), [], {}
         vocab, merges = read_json(source, unique=True), read_merges(paths["merges.txt"])
     listed = read_listed_tokens(paths, config, in_file)
-    return Read(source, vocab, merges, nfc, in_file, listed, listing_file(paths, config),
-                settings | config)
+    return Contents(source, vocab, merges, nfc, in_file, listed, listing_file(paths, config),
+                    settings | config)

@@ -72,13 +72,13 @@ NEED_NUMPY = {
 
 def install():
     """Put a stand-in in the place of each missing package; returns the names of these packages."""
-    gone = [name for name in CONTENTS if "." not in name and name not in sys.modules
-            and importlib.util.find_spec(name) is None]
-    modules = {name: x for name, x in CONTENTS.items() if name.split(".")[0] in gone}
+    absent = [name for name in CONTENTS if "." not in name and name not in sys.modules
+              and importlib.util.find_spec(name) is None]
+    modules = {name: x for name, x in CONTENTS.items() if name.split(".")[0] in absent}
     if importlib.util.find_spec("numpy") is None:
         modules |= NEED_NUMPY
     for name, contents in modules.items():
         sys.modules[name] = module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)   # torch.compile reads it
         vars(module).update(contents)
-    return gone
+    return absent

@@ -62,7 +62,7 @@ FIRST_BLOCK = 2
 MARKS = {"word_embeddings.weight": "embedding", "attention.dense.weight": "block",
          "norm.weight": "final norm", "final_linear.weight": "head"}
 AFTER = {"embedding": 0, "block": 1, "final norm": 3, "head": 4}    # its number - that of blocks
-FURTHEST = 0.1         # how far copies may differ, relative to their norm: some have drifted
+LARGEST_DRIFT = 0.1    # how far copies may differ, relative to their norm: some have drifted
 
 # DeepSpeed keeps NumPy's random state beside the weights: an array of uint32, which takes these to
 # build.
@@ -272,7 +272,7 @@ def joined(parts, kind, parallel):
         return sum(parts[1:], parts[0])
     if all(torch.equal(part, parts[0]) for part in parts):
         return parts[0].clone()
-    bound = FURTHEST * parts[0].double().norm().clamp(min=FURTHEST)
+    bound = LARGEST_DRIFT * parts[0].double().norm().clamp(min=LARGEST_DRIFT)
     if not all((part.double() - parts[0].double()).norm() <= bound for part in parts):
         raise ValueError("should be the same in all parts and is not: are these the parts of one "
                          "model" + (kind == SUMMANDS) * ", trained without gpt_j_residual" + "?")

@@ -121,9 +121,9 @@ def test_older_files_go_with_the_change_or_stay(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            files.write_files(tmp_path, NEW, gone=["model.safetensors.index.json"])
+            files.write_files(tmp_path, NEW, obsolete=["model.safetensors.index.json"])
     assert contents(tmp_path) == before
-    files.write_files(tmp_path, NEW, gone=["model.safetensors.index.json", "not there"])
+    files.write_files(tmp_path, NEW, obsolete=["model.safetensors.index.json", "not there"])
     assert contents(tmp_path) == NEW
 
 

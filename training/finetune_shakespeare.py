@@ -207,8 +207,8 @@ def reading_on(build, plays):
         row = [demo]
         for folder in (ROOT / "checkpoints" / demo, build / f"{demo}-macbeth"):
             model = AutoModelForCausalLM.from_pretrained(folder)
-            scores = score_texts(model, [last], AutoTokenizer.from_pretrained(folder), context=256)
-            row += [f"{scores['perplexity']:.2f}", f"{scores['bits_per_byte']:.3f}"]
+            metrics = score_texts(model, [last], AutoTokenizer.from_pretrained(folder), context=256)
+            row += [f"{metrics['perplexity']:.2f}", f"{metrics['bits_per_byte']:.3f}"]
         rows.append(row)
     return table(["Macbeth, act 5", "perplexity before", "bits per byte",
                   "perplexity after acts 1 to 4", "bits per byte"], rows)

@@ -159,7 +159,7 @@ class Run:
             tokens=self.step * task.batch_size * task.context, seconds=round(self.seconds),
             parameters=sum(p.numel() for p in self.model.parameters()),
             threads=torch.get_num_threads(), python=sys.version.split()[0], torch=torch.__version__,
-            **task.scores(saved, "float32"))
+            **task.metrics(saved, "float32"))
         write_files(out, {"training.json": (json.dumps(record, indent=2) + "\n").encode()})
         return record
 
@@ -192,9 +192,9 @@ def draw(history, task, path):
 
 def describe(record):
     """One line about an evaluation, and its sample below it."""
-    scores = ", ".join(f"{name.removeprefix('valid_').replace('_', ' ')} {value:.4f}"
-                       for name, value in record.items()
-                       if name.startswith("valid_") and isinstance(value, float))
-    held_out = f", held out: {scores}" if scores else ""
+    metrics = ", ".join(f"{name.removeprefix('valid_').replace('_', ' ')} {value:.4f}"
+                        for name, value in record.items()
+                        if name.startswith("valid_") and isinstance(value, float))
+    held_out = f", held out: {metrics}" if metrics else ""
     sample = f"\n{record['sample']}\n" if "sample" in record else ""
     return f"step {record.get('step', record.get('steps'))}{held_out}{sample}"

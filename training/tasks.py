@@ -5,8 +5,8 @@ A task reads its files when it is made.  Then it has
     load(checkpoint)        the model and the tokenizer to begin with
     open(model, tokenizer)  encodes the texts; returns a line that says what there is
     batch(step)             what the model is called with: {"input_ids": (B, T), "labels": ...}
-    count(labels)           over how many of the labels the model's loss is the mean
-    scores(model, dtype)    of the held-out files: {"valid_loss": ...}
+    count(labels)           the number of labels that the model's loss is the mean over
+    metrics(model, dtype)   of the held-out files: {"valid_loss": ...}
     evaluate(model, dtype)  the same while training, with a sample of text where there can be one
 
     B  sequences in a batch · T  tokens in a sequence, at most the context
@@ -133,7 +133,7 @@ class NextToken:
         return (labels[:, 1:] != -100).sum().item()
 
     def evaluate(self, model, dtype):
-        """A sample and the held-out scores.  Training's own random numbers are left untouched."""
+        """A sample of text, and `metrics`.  Training's own random numbers are left untouched."""
         prompt = self.tokenizer.encode(self.prompt) or [self.tokenizer.eos_token_id]
         model.eval()
         ids = model.generate(
@@ -141,14 +141,14 @@ class NextToken:
             max_new_tokens=min(100, self.context - len(prompt)),
             generator=torch.Generator(model.device).manual_seed(self.seed))
         model.train()
-        return dict(sample=self.tokenizer.decode(ids[0].tolist())) | self.scores(model, dtype)
+        return dict(sample=self.tokenizer.decode(ids[0].tolist())) | self.metrics(model, dtype)
 
-    def scores(self, model, dtype):
-        """The scores of the held-out texts, see `score_texts`."""
+    def metrics(self, model, dtype):
+        """Loss, perplexity and bits per byte of the held-out texts, see `score_texts`."""
         if not self.valid:
             return {}
-        scores = score_texts(model, self.valid, self.tokenizer, self.context, dtype)
-        return {f"valid_{name}": value for name, value in scores.items()}
+        metrics = score_texts(model, self.valid, self.tokenizer, self.context, dtype)
+        return {f"valid_{name}": value for name, value in metrics.items()}
 
 
 def score_texts(model, texts, tokenizer, context, dtype="float32", batch_size=8):
@@ -282,9 +282,9 @@ class Label:
         return (labels != -100).sum().item()
 
     def evaluate(self, model, dtype):
-        return self.scores(model, dtype)
+        return self.metrics(model, dtype)
 
-    def scores(self, model, dtype, batch_size=32):
+    def metrics(self, model, dtype, batch_size=32):
         """Held-out loss, accuracy and macro F1, which weights all labels equally."""
         if not self.valid:
             return {}
