@@ -16,7 +16,8 @@
     python benchmark.py attention       one layer through every backend  (benchmarks/backends.py)
     python benchmark.py jax             neo_jax.py beside our compiled step (benchmarks/in_jax.py)
     python benchmark.py kernels         the Triton kernels compiled, no GPU (benchmarks/kernels.py)
-    python benchmark.py all             ceilings, prefill to memory, train, load and first-token
+    python benchmark.py all             ceilings, prefill, decode, batch, memory, train, load and
+                                        first-token, one after the other
 
 Both sides get the same weights (random, in an official shape), the same dtype and the same threads.
 They take turns, because the speed of a machine drifts, and ratios are taken turn by turn.  The
@@ -163,10 +164,12 @@ def add_options(option):
     option("--model", choices=SHAPES, default="gpt-neo-125m",
            help="an official shape; the weights are random")
     option("--against", metavar="NAMES",
-           help="transformers (default), llama.cpp, or both with a comma")
+           help="prefill and decode: compare with transformers (default), llama.cpp, or both "
+                "(with a comma between them)")
     option("--dtype", choices=["float32", "bfloat16", "float16"],
-           help="default float32; for attention on a GPU float16")
-    option("--weights", choices=["int8", "int4"], default="int4", help="20b (default int4)")
+           help="default float32, but float16 for attention on a GPU and bfloat16 for 20b")
+    option("--weights", choices=["int8", "int4"], default="int4",
+           help="20b: how the weights are quantized (default int4)")
     option("--layers", type=positive, metavar="N", help="20b: use only N of the 44 layers")
     option("--texts", metavar="DIR", default=".venv/texts",
            help="accuracy: the folder with Shakespeare's plays, which `make .venv/texts` downloads "

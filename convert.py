@@ -1,4 +1,4 @@
-"""Any checkpoint that can be loaded here -> the official format, or GPT-NeoX's own, in parts.
+"""Write any checkpoint that can be loaded here in the official format, or in GPT-NeoX's own.
 
     python convert.py IN OUT              config.json and model.safetensors, as on the hub
     python convert.py IN OUT --parts 2    layer_LL-model_RR-model_states.pt, to train on in GPT-NeoX
@@ -205,8 +205,8 @@ def arguments(argv):
                         help="a folder or a hub id, in any format that is read here")
     parser.add_argument("out", metavar="OUT", help="the folder to write to")
     parser.add_argument("--parts", type=int, metavar="N",
-                        help="write GPT-NeoX's layer files in N tensor-parallel parts "
-                             "(GPT-NeoX alone)")
+                        help="write GPT-NeoX's layer files in N tensor-parallel parts (only for a "
+                             "GPT-NeoX model)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     return parser.parse_args(argv)
 

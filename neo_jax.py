@@ -5,11 +5,12 @@
 
 The same parts in the same order as neo.py, with the same names of weights: `diff neo.py neo_jax.py`
 shows the same model in another library.  What changes (weights, cache, random key) is an argument
-and a result.  jax.jit compiles a function for each shape, without errors for values: they are
-checked before, on the host.  The numbers are neo.py's, up to rounding.  transformers' own Flax
-classes (the last are in 4.57.6) multiply scores by sqrt(D) and divide again, form them in the
-model's dtype, keep the weights in the dtype of the file, and fill what generate returns with
-padding up to max_length.
+and a result.  jax.jit compiles a function for each shape.  Compiled code cannot raise an error for
+a value, so values are checked before, on the host.  The numbers are neo.py's, up to rounding.
+
+transformers' own Flax classes (the last are in 4.57.6) differ a little: they multiply scores by
+sqrt(D) and divide again, compute them in the model's dtype, keep the weights in the dtype of the
+file, and fill what generate returns with padding up to max_length.
 """
 
 import functools

@@ -86,7 +86,8 @@ def parser():
                    help="for classify: .csv or .jsonl files to train on")
     p.add_argument("--valid", nargs="+", default=[], metavar="FILE",
                    help="held-out files of the same kind, for evaluation only")
-    p.add_argument("--out", required=True, help="folder for the checkpoint; OUT.run is for the run")
+    p.add_argument("--out", required=True,
+                   help="folder for the checkpoint; OUT.run keeps an unfinished run")
     p.add_argument("--init", metavar="CHECKPOINT",
                    help="fine-tune this checkpoint with its tokenizer: a folder or a hub id")
     for name, (value, text) in NEW_MODEL.items():
@@ -97,9 +98,9 @@ def parser():
     for name, value, text in [
             ("context", 512, "tokens in a sequence"),
             ("batch-size", 8, "sequences in a step, over all processes together"),
-            ("accumulate", 1, "gradient accumulation: parts into which a process cuts its share"),
+            ("accumulate", 1, "gradient accumulation: parts of each process's share of a batch"),
             ("steps", 2000, "optimizer steps"), ("lr", 1e-3, "highest learning rate"),
-            ("warmup", 100, "steps of linear learning-rate warm-up; then a cosine decay"),
+            ("warmup", 100, "steps of linear learning-rate warm-up, before a cosine decay"),
             ("weight-decay", 0.1, "AdamW's weight decay, for the matrices of linear layers"),
             ("clip", 1.0, "gradient clipping: the largest norm of all gradients together"),
             ("seed", 0, "random seed of new weights, data order and dropout"),
