@@ -50,7 +50,8 @@ from benchmarks import (accuracy, backends, generation, gpu, growth, in_jax, ker
                         training, twenty)
 from benchmarks.common import ROOT, in_fresh_process, in_turns, seconds
 from benchmarks.shapes import SHAPES, model_class, write
-from files import Parser, plain, whole_output, write_result
+from commands import Parser, as_command
+from files import plain, write_result
 from neo import GPTNeoForCausalLM
 
 
@@ -199,7 +200,7 @@ def add_options(option):
     option("--json", metavar="FILE", help="also write every figure to a file")
 
 
-@whole_output
+@as_command
 def main(argv=None):
     """Run one command or all; each function is given those options that it has a parameter for."""
     args = arguments(argv)
@@ -227,4 +228,4 @@ def processor():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

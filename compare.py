@@ -36,18 +36,20 @@ left out.  Without input_ids the file is taken to answer the ids of `--seed`.
     B  batch · T  tokens · C  width · V  vocabulary · L  layers
 """
 
+import contextlib
 import json
 import math
+import os
 import sys
-from importlib.util import find_spec
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from attention import choose_backend
 from base import PreTrainedModel, check_inputs
+from commands import Parser, a_name, as_command, check_outputs, given, spelled
 from diagnose import (
     HINTS,
     as_dicts,
@@ -62,7 +64,7 @@ from diagnose import (
     trace,
     window_of,
 )
-from files import Parser, error_line, plain, replace_closed_stderr, whole_output, write_result
+from files import error_line, one_line, plain, shown, write_result
 from load_weights import (
     NAMES,
     AutoModelForCausalLM,
@@ -73,7 +75,7 @@ from load_weights import (
 )
 from neo import GPTNeoConfig
 from neox import GPTNeoXConfig
-from pictures import COLOURS, pyplot
+from pictures import COLOURS, picture_format, plain_label, pyplot
 from vectors import check_vectors, table, write_junit, write_vectors
 
 CONFIGS = {"gpt_neo": GPTNeoConfig, "gpt_neox": GPTNeoXConfig}
@@ -99,6 +101,26 @@ def default_lengths(config):
     if W is not None:                                      # the last is not a multiple of W
         lengths = [1, min(5, W), W, W + 1, 2 * W + max(1, W // 32)]
     return sorted({min(T, config.max_position_embeddings) for T in lengths})
+
+
+def check_room(config, batch, lengths):
+    """Raise ValueError where what a comparison holds at once is more than this machine's memory.
+
+    That is all rows of both models, the scores of naive attention while they are computed, and the
+    logits in float64 while they are compared; the weights come on top of it.
+    """
+    if not hasattr(os, "sysconf"):                         # Windows
+        return
+    numbers = 2 * batch * sum(lengths) * (
+        (config.num_hidden_layers + 2) * config.hidden_size + config.vocab_size)
+    numbers += 2 * batch * lengths[-1] * max(config.num_attention_heads * lengths[-1],
+                                             3 * config.vocab_size)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * numbers > memory:
+        need = 4 * numbers / 2**30
+        raise ValueError(f"{batch} texts of {lengths[-1]} tokens need {need:.3g} GiB "
+                         f"of memory, and this machine has {memory / 2**30:.3g}: take a smaller "
+                         "--batch or --lengths")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -309,8 +331,9 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
         ids, saved, seed = read_theirs(theirs, config, seed)
         inputs = [ids]
     else:
-        inputs = [make_ids(seed, batch, T, config.vocab_size)
-                  for T in lengths or default_lengths(config)]
+        lengths = lengths or default_lengths(config)
+        check_room(config, batch, lengths)
+        inputs = [make_ids(seed, batch, T, config.vocab_size) for T in lengths]
     table = NAMES[config.model_type]
     model = load_ours(name, revision, dtype, backend)
     backend, dtype = choose_backend(backend), model.dtype
@@ -324,7 +347,8 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
 
     limits = (tolerance, tolerance)
     if tolerance is None:
-        limits = tolerances(dtype, backend == "naive" and not theirs)
+        same_order = backend == "naive" and not theirs and dtype != torch.float64
+        limits = tolerances(dtype, same_order)             # the reference has scores in float32
     report = {"model": name, "revision": revision, "layers": config.num_hidden_layers,
               "window": window_of(config), "dtype": str(dtype).removeprefix("torch."),
               "backend": backend, "reference": reference, "torch": torch.__version__,
@@ -498,9 +522,9 @@ def plot(report, path):
     axes.tick_params(axis="x", rotation=90)
     axes.set_ylabel("|difference| / |reference|")
     axes.set_xlabel("what comes out of")
-    axes.set_title(f"{Path(report['model']).name}, {setting(report)}", size="medium")
+    axes.set_title(plain_label(f"{Path(report['model']).name}, {setting(report)}"), size="medium")
     figure.legend(loc="outside right upper", title="tokens")
-    kind = Path(path).suffix.removeprefix(".") or "png"
+    kind = picture_format(path)
     write_result(path, lambda part: figure.savefig(part, dpi=150, format=kind))
     plt.close(figure)
 
@@ -513,7 +537,7 @@ def lengths(text):
     """"9,5,5" -> [5, 9]; argparse makes a ValueError a message."""
     numbers = sorted({int(part) for part in text.split(",")})
     if numbers[0] < 1 or numbers[-1] > LONGEST:
-        raise ValueError
+        raise ArgumentTypeError(f"{shown(text)}: a length must be in 1 … {LONGEST}")
     return numbers
 
 
@@ -523,11 +547,11 @@ def arguments(argv=None):
         description="Compare every layer of a checkpoint with transformers' eager attention, or "
                     "with what a port saved. Exit status: 0 the same, 1 different, 2 bad input.")
     add = parser.add_argument
-    add("model", nargs="?", help="the checkpoint: a folder or a hub id")
-    add("--revision", metavar="NAME", help="branch, tag or commit on the hub")
-    add("--dtype", default="float32", metavar="NAME",
+    add("model", nargs="?", type=a_name, help="the checkpoint: a folder or a hub id")
+    add("--revision", type=a_name, metavar="NAME", help="branch, tag or commit on the hub")
+    add("--dtype", type=a_name, default="float32", metavar="NAME",
         help="float32 (default), bfloat16, float16, or auto for the checkpoint's own")
-    add("--backend", default="naive", metavar="NAME",
+    add("--backend", type=a_name, default="naive", metavar="NAME",
         help="our attention backend: naive (default), sdpa, triton, flash, auto")
     add("--lengths", type=lengths, metavar="N,N,...",
         help="lengths of the texts in tokens (default: 1, and lengths below, at, above and twice "
@@ -539,49 +563,62 @@ def arguments(argv=None):
              "eps in half precision; none for naive attention against transformers: the same bits)")
     add("--gradients", action="store_true",
         help="also compare the loss and its gradients, at the longest length")
-    add("--theirs", metavar="FILE",
+    add("--theirs", type=a_name, metavar="FILE",
         help="judge a port's .safetensors file by our model, without transformers")
     add("--ids", action="store_true", help="only print the ids of the longest text as JSON")
-    add("--save-ours", metavar="FILE",
+    add("--save-ours", type=a_name, metavar="FILE",
         help="only save our results for the longest text, in the format that --theirs reads")
-    add("--vectors", metavar="DIR",
+    add("--vectors", type=a_name, metavar="DIR",
         help="only write test vectors for ports in any language: checkpoints and right answers")
-    add("--check-vectors", nargs=2, metavar=("DIR", "ANSWERS"),
+    add("--check-vectors", nargs=2, type=a_name, metavar=("DIR", "ANSWERS"),
         help="only judge a port's answers to the test vectors in DIR")
-    add("--junit", metavar="FILE", help="also write the verdicts of --check-vectors as JUnit XML")
-    add("--json", metavar="FILE", help="also write the report as JSON; - is standard output")
-    add("--plot", metavar="FILE.png", help="also draw the relative difference by layer")
+    add("--junit", type=a_name, metavar="FILE",
+        help="also write the verdicts of --check-vectors as JUnit XML")
+    add("--json", type=a_name, metavar="FILE",
+        help="also write the report as JSON; - is standard output")
+    add("--plot", type=a_name, metavar="FILE.png",
+        help="also draw the relative difference by layer")
     add("--markdown", action="store_true",
         help="also print the result as a row of a Markdown table, on standard output")
     args = parser.parse_args(argv)
-    if problem := unusable(args):
-        parser.error(problem)
+    try:
+        check(args, parser)
+    except ValueError as error:
+        parser.error(one_line(error))
     return args
 
 
-def unusable(args):
-    """What is wrong with the options together, or None; found before any work is done."""
-    if bool(args.model) == bool(args.vectors or args.check_vectors):
-        return "give a model, or --vectors DIR, or --check-vectors DIR ANSWERS"
-    if args.junit and not args.check_vectors:
-        return "--junit belongs to --check-vectors"
-    given = args.gradients or args.lengths or args.batch != 1 or args.backend != "naive"
-    if args.theirs and given:
-        return ("--theirs takes lengths and batch from the file, is judged by naive attention, and "
-                "has no gradients")
-    if args.gradients and args.lengths and args.lengths[-1] < 2:
-        return "--gradients needs a length of at least 2: after one token nothing is predicted"
-    if not 1 <= args.batch <= LONGEST:
-        return f"--batch must be in 1 … {LONGEST}"
+# Options that choose what is done, and the others that it uses.  The first that is given decides.
+MODES = {"vectors": (), "check_vectors": ("junit",),
+         "save_ours": ("model", "revision", "dtype", "backend", "lengths", "batch", "seed", "ids"),
+         "ids": ("model", "revision", "lengths", "batch", "seed"),
+         "theirs": ("model", "revision", "dtype", "seed", "tolerance", "json", "plot", "markdown")}
+
+
+def check(args, parser):
+    """Raise ValueError, before any work is done, for options that are wrong together."""
+    names = given(args, parser)
+    mode = next((name for name in MODES if name in names), None)
+    if ("model" in names) == (mode in ("vectors", "check_vectors")):
+        raise ValueError("give a model, or --vectors DIR, or --check-vectors DIR ANSWERS")
+    if unused := [name for name in names if mode and name not in (mode, *MODES[mode])]:
+        raise ValueError(f"{spelled([mode])} does not use {spelled(unused)}: leave one of them out")
+    if mode is None and args.junit:
+        raise ValueError("--junit belongs to --check-vectors")
+    longest = max(args.lengths or [1])
+    if args.gradients and args.lengths and longest < 2:
+        raise ValueError("--gradients needs a length of at least 2: after one token nothing is "
+                         "predicted")
+    if not 1 <= args.batch * longest <= LONGEST:
+        raise ValueError(f"--batch must be in 1 … {LONGEST // longest}, not {shown(args.batch)}"
+                         f"{f' with texts of {longest} tokens' * (longest > 1)}")
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
-        return f"--tolerance must be a number of at least 0, not {args.tolerance}"
-    if args.plot and find_spec("matplotlib") is None:
-        return "--plot needs matplotlib: pip install matplotlib"
-    for path in filter(None, (args.json, args.plot, args.save_ours, args.junit)):
-        if not Path(path).absolute().parent.is_dir():
-            return f"no folder {Path(path).parent} to write {Path(path).name} into"
-        if Path(path).is_dir():
-            return f"{path} is a folder: name a file to write"
+        raise ValueError(f"--tolerance must be a number of at least 0, not {args.tolerance}")
+    check_outputs({"--json": None if args.json == "-" else args.json, "--plot": args.plot,
+                   "--save-ours": args.save_ours, "--junit": args.junit},
+                  [args.model, args.theirs, *(args.check_vectors or [])])
+    if args.plot:
+        picture_format(args.plot)
 
 
 def write_report(report, json_path=None, plot_path=None, as_markdown=False):
@@ -613,40 +650,40 @@ def judge_vectors(folder, answers, junit_path=None):
     return 0 if all(v.passed for v in verdicts) else 1
 
 
-@whole_output
+@as_command
 def main(argv=None):
     """Exit status: 0 the same, 1 different, 2 with one line on what is wrong."""
-    replace_closed_stderr()
     args = arguments(argv)
-    try:
-        if sys.stdout is None:
-            raise ValueError("standard output is closed: there is nowhere to write the result")
-        if args.vectors:
-            write_vectors(args.vectors)
-            return 0
-        if args.check_vectors:
-            return judge_vectors(*args.check_vectors, args.junit)
-        if args.ids or args.save_ours:                     # one length, and nothing is compared
-            config = config_of(args.model, args.revision)
-            longest = (args.lengths or default_lengths(config))[-1]
-            ids = make_ids(args.seed, args.batch, longest, config.vocab_size)
-            if args.ids:
-                print(json.dumps(ids.tolist()))
-            if args.save_ours:
-                model = load_ours(args.model, args.revision, args.dtype, args.backend)
-                save_ours(args.save_ours, ids, trace(model, ids))
-            return 0
-        report = make_report(
-            args.model, revision=args.revision, dtype=args.dtype, backend=args.backend,
-            theirs=args.theirs, lengths=args.lengths, batch=args.batch, seed=args.seed,
-            tolerance=args.tolerance, with_gradients=args.gradients)
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: there is nowhere to write the result")
+    if args.vectors:
+        write_vectors(args.vectors)
+        return 0
+    if args.check_vectors:
+        return judge_vectors(*args.check_vectors, args.junit)
+    if args.ids or args.save_ours:                         # one length, and nothing is compared
+        return only_ours(args)
+    report = make_report(
+        args.model, revision=args.revision, dtype=args.dtype, backend=args.backend,
+        theirs=args.theirs, lengths=args.lengths, batch=args.batch, seed=args.seed,
+        tolerance=args.tolerance, with_gradients=args.gradients)
+    with contextlib.suppress(BrokenPipeError):             # | head: the status still says which
         write_report(report, args.json, args.plot, args.markdown)
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
     return 0 if report["same"] else 1
+
+
+def only_ours(args):
+    """What --ids and --save-ours do."""
+    config = config_of(args.model, args.revision)
+    longest = (args.lengths or default_lengths(config))[-1]
+    check_room(config, args.batch, [longest])
+    ids = make_ids(args.seed, args.batch, longest, config.vocab_size)
+    if args.ids:
+        print(json.dumps(ids.tolist()))
+    if args.save_ours:
+        model = load_ours(args.model, args.revision, args.dtype, args.backend)
+        save_ours(args.save_ours, ids, trace(model, ids))
+    return 0
 
 
 if __name__ == "__main__":

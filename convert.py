@@ -10,6 +10,7 @@ their dtype and every bit.  OUT gets all of its files or none.
 import functools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 import neo
 import neox
-from files import Parser, fetch, plain, replace_closed_stderr, write_files
+from commands import Parser, a_name, as_command, check_folder
+from files import fetch, plain, write_files
 from load_weights import (
     NAMES,
     WEIGHT_FILES,
@@ -173,25 +175,38 @@ def config_bytes(source, vocab_size):
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def check_empty(out, files):
-    """Raise ValueError where the folder has other weights, which would be read first."""
-    for path in sorted(out.iterdir()) if out.is_dir() else ():
-        weights = (path.name in WEIGHT_FILES
-                   or path.suffix in (".safetensors", ".bin", ".msgpack", ".index")
-                   or LAYER_FILE.fullmatch(path.name) or RANK_FILE.fullmatch(path.name))
-        if weights and path.name not in files:
-            raise ValueError(f"{out} holds other weights ({plain(path.name)}): give a new folder")
+def check_mixture(out, files):
+    """Raise ValueError where the folder would then hold the files of two checkpoints.
+
+    Files of an earlier conversion, all of which are replaced, may be there.
+    """
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    weights = [name for name in there if name in WEIGHT_FILES
+               or name.endswith((".safetensors", ".bin", ".msgpack", ".index"))
+               or LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name)]
+    for kind, names in (("weights", weights), ("tokenizer files", {*COPIED.values()} & {*there})):
+        if other := sorted({*names} - files.keys()):
+            raise ValueError(f"{plain(out)} holds other {kind} ({plain(other[0])}): give a new "
+                             "folder")
+    if "config.json" in there and not weights:
+        raise ValueError(f"{plain(out)} holds a config.json without weights, which would be lost: "
+                         "give a new folder")
 
 
 def convert(name_or_folder, out, parts=None, revision=None):
     """Write a checkpoint in the hub's format, or in GPT-NeoX's in so many tensor-parallel parts.
 
-    Raises OSError and ValueError as loading does, and ValueError where `out` holds other weights.
+    Raises OSError and ValueError as loading does, and ValueError where `out` is the folder that is
+    read, cannot be written, or holds files of another checkpoint.
     """
+    if os.path.realpath(name_or_folder) == os.path.realpath(out):
+        raise ValueError(f"{plain(out)} is the folder that is read: give a new folder to write to")
+    check_folder(out)
     source = Source(name_or_folder, revision)
     files = official_files(source) if parts is None else neox_files(source, parts)
-    check_empty(Path(out), files)
-    write_files(out, tokenizer_and_settings(source.folder, revision) | files)
+    files = tokenizer_and_settings(source.folder, revision) | files
+    check_mixture(Path(out), files)
+    write_files(out, files)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -201,29 +216,22 @@ def convert(name_or_folder, out, parts=None, revision=None):
 def arguments(argv):
     parser = Parser(description="Write a checkpoint in the official format (config.json and "
                                      "model.safetensors), or in GPT-NeoX's own.")
-    parser.add_argument("checkpoint", metavar="IN",
-                        help="a folder or a hub id, in any format that is read here")
-    parser.add_argument("out", metavar="OUT", help="the folder to write to")
-    parser.add_argument("--parts", type=int, metavar="N",
-                        help="write GPT-NeoX's layer files in N tensor-parallel parts (only for a "
-                             "GPT-NeoX model)")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    add = parser.add_argument
+    add("checkpoint", type=a_name, metavar="IN",
+        help="a folder or a hub id, in any format that is read here")
+    add("out", type=a_name, metavar="OUT", help="the folder to write to")
+    add("--parts", type=int, metavar="N",
+        help="write GPT-NeoX's layer files in N tensor-parallel parts (only for a GPT-NeoX model)")
+    add("--revision", type=a_name, help="branch, tag or commit on the hub")
     return parser.parse_args(argv)
 
 
+@as_command
 def main(argv=None):
     """Exit status: 0, 2 with one line on what is wrong, 130 when interrupted."""
-    replace_closed_stderr()
     args = arguments(argv)
-    try:
-        convert(args.checkpoint, args.out, args.parts, args.revision)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"written to {args.out}", file=sys.stderr)
+    convert(args.checkpoint, args.out, args.parts, args.revision)
+    print(f"written to {plain(args.out)}", file=sys.stderr)
     return 0
 
 

@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from commands import not_a_command
 from mistakes import planted, variants
 
 AT_ONCE = 3                                # at most so many mistakes are looked for together
@@ -500,3 +501,7 @@ def hint(row, position, config, theirs, rounding):
     if own in config.windows[:layer] or (layer and position == 0):
         return "weights"
     return "scores" if position else "block"
+
+
+if __name__ == "__main__":
+    not_a_command("python compare.py MODEL --theirs FILE")

@@ -6,15 +6,11 @@
     write_files    write several files that belong together: all of them, or none
     write_result   write one file that the user has named
     shown, plain   a value or a name from a file, made printable for an error message
-    Parser         the options of a command line
-    whole_output   makes a command's main write all its output, or say what was wrong
+    one_line       an exception, made one line for people
 """
 
-import argparse
-import codecs
 import contextlib
 import errno
-import functools
 import glob
 import json
 import os
@@ -56,79 +52,25 @@ def shown(value, limit=80):
         return f"a {type(value).__name__} too long to show"
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse.ArgumentParser, with errors of at most 300 characters."""
-
-    def error(self, message):
-        super().error(plain(message, 250))
-
-
 def error_line(error):
     """The first line of an exception's message, or its type where it has none."""
     return plain((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
 
 
-def replace_closed_stderr():
-    """Discard messages and progress bars if standard error is closed, as by 2>&-."""
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+def one_line(error):
+    """An exception as one printable line; of a file system's error, the file and what is wrong.
 
-
-def replace_what_cannot_be_written(output):
-    """Let `output` write ? for characters that its encoding lacks; returns a list of them.
-
-    The list fills up while text is written.
+    The middle of a very long word is left out: it is a name or a number that a user has given.
     """
-    replaced = []
-
-    def replace(error):
-        replaced.extend(error.object[error.start:error.end])
-        return "?" * (error.end - error.start), error.end
-
-    codecs.register_error("replace and note", replace)
-    if hasattr(output, "reconfigure"):                     # a notebook's output takes everything
-        output.reconfigure(errors="replace and note")
-    return replaced
-
-
-def say_what_was_replaced(replaced):
-    """Say which characters `replace_what_cannot_be_written` has replaced, if any."""
-    if replaced:
-        print(f"standard output is in the encoding {sys.stdout.encoding}, which has no "
-              f"{' '.join(sorted(set(replaced)))}: written as ?.  With PYTHONIOENCODING=utf-8 the "
-              "whole text is written", file=sys.stderr)
-
-
-def discard_output():
-    """Throw away what is still to be written to standard output."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def whole_output(main):
-    """Decorator: when main(argv) ends, write out everything that is still in the buffer.
-
-    Characters that the output's encoding lacks are replaced, with a message.  If the reader has
-    gone, as with | head, the exit status does not change; on a full disk it is 2, with one line.
-    """
-    @functools.wraps(main)
-    def command(argv=None):
-        replaced, status = replace_what_cannot_be_written(sys.stdout), 2
-        try:
-            status = main(argv)
-            if sys.stdout:
-                sys.stdout.flush()
-        except BrokenPipeError:
-            discard_output()
-        except OSError as error:
-            discard_output()
-            if status != 2:                                # 2: main has printed an error already
-                print(f"error: standard output: {error.strerror}", file=sys.stderr)
-            return 2
-        finally:
-            say_what_was_replaced(replaced)
-        return status
-    return command
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{plain(error.filename, 1000)}: "
+        text = where + error.strerror
+    text = " ".join(text.split()) or type(error).__name__
+    text = re.sub(r"(\S{100})\S{40,}(\S{20})", r"\1…\2", text)
+    if len(text) > 280:
+        text = re.sub(r"(\S{60})\S{20,}(\S{20})", r"\1…\2", text)
+    return plain(text, 1000)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,6 +275,7 @@ def write_result(path, content):
     """
     path = Path(path)
     if not path.exists() or path.is_file() or path.is_dir():
+        path = Path(os.path.realpath(path))                # a link stays, its file is replaced
         write_files(path.parent, {path.name: content})
         return
     if not isinstance(content, bytes):

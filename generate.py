@@ -13,6 +13,7 @@ This file is the command line; the loop that generates is in sampling.py.
 import contextlib
 import functools
 import itertools
+import math
 import os
 import sys
 import time
@@ -21,14 +22,15 @@ import torch
 import torch.distributed as dist
 
 from attention import choose_backend, prefers_triton
-from files import (
+from commands import (
     Parser,
-    discard_output,
-    read_text,
-    replace_closed_stderr,
-    replace_what_cannot_be_written,
-    say_what_was_replaced,
+    a_name,
+    as_command,
+    check_text,
+    given,
+    spelled,
 )
+from files import read_text
 from load_weights import AutoModelForCausalLM, AutoTokenizer
 from processes import (
     SharedError,
@@ -38,6 +40,7 @@ from processes import (
     lost_process,
     processes,
     rank,
+    usable_device,
 )
 from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate)
 from score import likeliest, score_text, window_and_stride
@@ -52,6 +55,8 @@ DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "
 # generation_config.json or, if it is not there either, is the default in the help.
 SETTINGS = ("max_new_tokens", "temperature", "greedy", "top_k", "top_p", "min_p",
             "repetition_penalty", "no_repeat_ngram_size")
+# Those that greedy decoding does not use, with the values that ask for nothing.
+SAMPLING = dict(temperature=0, top_k=0, top_p=1, min_p=0)
 GENERATION = (*SETTINGS, "seed", "num_samples", "stop", "compile", "interactive")
 
 
@@ -63,7 +68,7 @@ def arguments(argv=None):
     add_generation_options(parser.add_argument)
     add_model_options(parser.add_argument)
     add = parser.add_argument
-    add("--score", metavar="FILE",
+    add("--score", type=a_name, metavar="FILE",
         help="instead of generating: print loss, bits per byte and perplexity of this text file; "
              "- is standard input")
     add("--stride", type=int, metavar="N",
@@ -105,21 +110,22 @@ def add_generation_options(add):
 
 
 def add_model_options(add):
-    add("--model", default=DEMO, metavar="NAME",
+    add("--model", type=a_name, default=DEMO, metavar="NAME",
         help="a folder or a hub id (default: the bundled demo checkpoint)")
-    add("--tokenizer", metavar="NAME",
+    add("--tokenizer", type=a_name, metavar="NAME",
         help="folder or hub id of the tokenizer, for a checkpoint that has none (for TinyStories: "
              "EleutherAI/gpt-neo-125M)")
-    add("--revision", metavar="NAME",
+    add("--revision", type=a_name, metavar="NAME",
         help="the model's branch, tag or commit on the hub; Pythia's training steps are step0 ... "
              "step143000")
-    add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda if there is a GPU)")
-    add("--dtype", default="float32", metavar="NAME",
+    add("--device", type=a_name, metavar="NAME",
+        help="cpu, cuda, ... (default: cuda if there is a GPU)")
+    add("--dtype", type=a_name, default="float32", metavar="NAME",
         help="float32 (default), bfloat16, float16, or auto for the checkpoint's own")
     add("--weights", choices=["int8", "int4"],
         help="round the weights to 8 or 4 bits while loading: they need a quarter or a sixth of "
              "float32's memory; decoding becomes faster with --compile and slower without it")
-    add("--backend", default="auto", metavar="NAME",
+    add("--backend", type=a_name, default="auto", metavar="NAME",
         help="attention backend: auto (default), naive, sdpa, triton, flash")
     add("--compile", action="store_true",
         help="compile decoding: takes some seconds first, then decodes faster (1.6 to 2.9 times "
@@ -128,13 +134,16 @@ def add_model_options(add):
 
 def what_is_wrong(args, parser):
     """Why these options cannot go together, or None."""
-    instead = [f"--{name}" for name in ("score", "top") if getattr(args, name) is not None]
-    generation = ["--" + name.replace("_", "-") for name in GENERATION
-                  if getattr(args, name) != parser.get_default(name)]
+    names = given(args, parser)
+    instead = [f"--{name}" for name in ("score", "top") if name in names]
     if len(instead) == 2:
         return "--score and --top exclude each other"
-    if instead and generation:
-        return f"{instead[0]} writes no text, so it takes no {', '.join(generation)}"
+    if instead and (unused := [name for name in GENERATION if name in names]):
+        return f"{instead[0]} writes no text, so it takes no {spelled(unused)}"
+    greedy = "--greedy" if args.greedy else "--temperature 0" if args.temperature == 0 else None
+    if greedy and (unused := [name for name, off in SAMPLING.items()
+                              if getattr(args, name) not in (None, off)]):
+        return f"{greedy} draws nothing at random, so it takes no {spelled(unused)}"
     if args.score is not None and args.prompt is not None:
         return "--score reads its text from FILE, so it takes no prompt"
     if args.stride is not None and args.score is None:
@@ -149,6 +158,10 @@ def what_is_wrong(args, parser):
                 "argument or a file")
     if args.seed is not None and not -2**63 <= args.seed < 2**64:
         return "--seed must fit into 64 bits"
+    for name in ("temperature", "repetition_penalty"):     # beyond these float32 has no scores
+        value = getattr(args, name) or 1.0
+        if 0 < value < 1e-30 or 1e30 < value < math.inf:
+            return f"{spelled([name])} must be in 1e-30 … 1e30, not {value}"
     return "--stop needs a text that is not empty" if "" in args.stop else None
 
 
@@ -238,14 +251,6 @@ def print_texts(model, tokenizer, prompts, count, interactive, **how):
     return counts
 
 
-def check_text(text, what):
-    """Raise ValueError for text from bytes that are not UTF-8; Python keeps them as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not UTF-8 at character {error.start + 1}") from None
-
-
 def status(model, name, backend, counts):
     """One line: which model ran, on which device, how fast, and in how much memory.
 
@@ -278,15 +283,6 @@ def peak_memory(device):
     return most if sys.platform == "darwin" else most * 1024
 
 
-def usable_device(name):
-    """The device of that name, or ValueError where this machine or this torch has none."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
-
-
 def load(name, *, tokenizer, revision, dtype, device, backend, weights):
     """Model and tokenizer; for each of these options see --help.
 
@@ -294,11 +290,7 @@ def load(name, *, tokenizer, revision, dtype, device, backend, weights):
     Raises ValueError or OSError for what cannot be loaded, ImportError for a backend that cannot
     be used.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and processes() > 1:               # each takes its own GPU
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    device = usable_device(device)
+    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer or name,
                                               revision=None if tokenizer else revision)
     model = AutoModelForCausalLM.from_pretrained(
@@ -376,47 +368,27 @@ def prompts(first, interactive):
             yield line
 
 
+@as_command
 def main(argv=None):
     """Exit status: 0, 2 with one line on what is wrong, 130 when interrupted."""
-    replace_closed_stderr()
     if rank() > 0:                                         # process 0 prints
         sys.stdout = sys.stderr = open(os.devnull, "w")
     args = arguments(argv)
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: there is nowhere to write the text")
     if processes() > 1:
         join_processes()
     try:
-        return command(args)
+        run(args)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if lost_process(error):
+            raise ValueError("another of the processes that share the model has ended") from None
+        if isinstance(error, SharedError) and rank() > 0:
+            time.sleep(1)                                  # so that torchrun lets process 0 say it
+        raise
     finally:
         if processes() > 1:
             dist.destroy_process_group()
-
-
-def command(args):
-    """What main does with the parsed options -> exit status."""
-    replaced = replace_what_cannot_be_written(sys.stdout)
-    try:
-        if sys.stdout is None:
-            raise ValueError("standard output is closed: there is nowhere to write the text")
-        run(args)
-    except KeyboardInterrupt:                              # what was written stays
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:                                # the reader has gone, as with | head
-        discard_output()
-        return 0
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if lost_process(error):
-            error = "another of the processes that share the model has ended"
-        if isinstance(error, SharedError) and rank() > 0:
-            time.sleep(1)                                  # so that torchrun lets process 0 say it
-        try:
-            sys.stdout and sys.stdout.flush()
-        except OSError:                                    # a full disk: do not try once more
-            discard_output()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        say_what_was_replaced(replaced)
     return 0
 
 

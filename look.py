@@ -12,6 +12,7 @@ The page is one file without a network: look.html, with the numbers of this text
 """
 
 import base64
+import difflib
 import html
 import json
 import os
@@ -20,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from files import Parser, error_line, plain, replace_closed_stderr, shown, write_result
+from commands import Parser, a_name, as_command, check_outputs, check_text
+from files import plain, shown, write_result
 from load_weights import AutoModelForCausalLM, AutoTokenizer
-from mistakes import planted, variants
+from mistakes import BY_ID, planted, variants
 from tokenizer import token_bytes
 
 HERE = Path(__file__).resolve().parent
@@ -175,9 +177,15 @@ def patches_of(model, mistake):
     for known, patches in variants(model):
         ways.setdefault(known.id, patches)
     if mistake not in ways:
-        raise ValueError(f"there is no mistake {shown(mistake)} in {model.config.model_type}; "
-                         f"known are {', '.join(ways)}")
+        raise ValueError(unknown_mistake(mistake, ways, f" in {model.config.model_type}"))
     return ways[mistake]
+
+
+def unknown_mistake(mistake, known=BY_ID, where=""):
+    """The message for a mistake that does not exist."""
+    near = difflib.get_close_matches(mistake, known, n=3, cutoff=0.4) or [*known][:3]
+    return (f"there is no mistake {shown(mistake)}{where}; near it are {', '.join(near)}, and "
+            "python mistakes.py prints all of them")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,37 +197,28 @@ def arguments(argv):
         description="Write a page that shows what happens inside a model for one text.")
     add = parser.add_argument
     add("text", help="the text to look at, at most 512 tokens")
-    add("--model", default=DEMO, metavar="NAME",
+    add("--model", type=a_name, default=DEMO, metavar="NAME",
         help="folder or hub id (default: the bundled demo-neo)")
-    add("--other", metavar="NAME",
+    add("--other", type=a_name, metavar="NAME",
         help="a second model, shown beside the first, with the differences coloured")
-    add("--mistake", metavar="ID",
+    add("--mistake", type=a_name, metavar="ID",
         help="show the model a second time beside itself, with this mistake of mistakes.py")
-    add("--out", required=True, metavar="FILE.html", help="the page to write")
+    add("--out", type=a_name, required=True, metavar="FILE.html", help="the page to write")
     return parser.parse_args(argv)
 
 
+@as_command
 def main(argv=None):
     """Exit status: 0, 2 with one line on what is wrong, 130 when interrupted."""
-    replace_closed_stderr()
     args = arguments(argv)
-    try:
-        args.text.encode()                             # bytes that are not UTF-8 came as surrogates
-        out = Path(args.out)
-        if not out.name or out.is_dir():
-            raise ValueError(f"--out must name a file, not {plain(args.out)}")
-        page = look(args.text, args.model, other=args.other, mistake=args.mistake)
-        write_result(out, page.encode())
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except UnicodeEncodeError:
-        print("look.py: error: the text is not UTF-8", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"look.py: error: {error_line(error)}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {len(page.encode()) / 1e6:.2f} MB, open it in a browser", file=sys.stderr)
+    check_text(args.text, "the text")
+    if args.mistake is not None and args.mistake not in BY_ID:
+        raise ValueError(unknown_mistake(args.mistake))
+    check_outputs({"--out": args.out}, [args.model, args.other])
+    page = look(args.text, args.model, other=args.other, mistake=args.mistake)
+    write_result(args.out, page.encode())
+    print(f"{plain(args.out)}: {len(page.encode()) / 1e6:.2f} MB, open it in a browser",
+          file=sys.stderr)
     return 0
 
 

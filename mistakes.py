@@ -19,6 +19,7 @@ them and see that the comparison with transformers notices it.
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ import neo
 import neox
 from attention import visible
 from base import ACTIVATIONS
+from commands import Parser, as_command
 from neox import rotary_tables, rotate
 
 NEO, NEOX = "gpt_neo", "gpt_neox"
@@ -756,8 +758,13 @@ def measured():
     return costs
 
 
-def main():
+@as_command
+def main(argv=None):
     """Print the table as Markdown."""
+    Parser(description="Print every known mistake as a row of a Markdown table, with its cost, "
+                       "which is measured anew in small models.").parse_args(argv or [])
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: there is nowhere to write the table")
     costs = measured()
     print("| id | mistake | instead | GPT-Neo | GPT-NeoX |\n|---|---|---|---|---|")
     for m in MISTAKES:
@@ -767,4 +774,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

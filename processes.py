@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from files import plain
+from files import error_line, one_line, plain
 
 
 class SharedError(ValueError):
@@ -61,7 +61,7 @@ def everywhere(function, *args):
     try:
         result = function(*args)
     except (ValueError, OSError) as error:
-        problem = error_text(error)
+        problem = one_line(error)
     for problem in filter(None, gathered(problem)):
         raise SharedError(problem)
     return result
@@ -73,12 +73,21 @@ def lost_process(error):
         word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset"))
 
 
-def error_text(error):
-    """An error as one printable line; of a file system's error, the file and what is wrong."""
-    if isinstance(error, OSError) and error.strerror:
-        where = "" if error.filename is None else f"{error.filename}: "
-        return plain(where + error.strerror, 1000)
-    return plain(" ".join(str(error).split()) or type(error).__name__, 1000)
+def usable_device(name):
+    """The torch.device of that name; of several processes each has its own GPU.
+
+    Raises ValueError where this machine or this torch has no such device.
+    """
+    try:
+        if name == "cuda" and processes() > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
+        number = torch.ones(1, device=name)
+        number.item()                                       # fails on the device "meta"
+        return number.device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {plain(name)} cannot be used here: "
+                         f"{error_line(error):.100}") from None
 
 
 def total(number):

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from commands import not_a_command
 from tokenizer import token_bytes
 
 SLICE = 256                                            # rows of logits that become float32 at once
@@ -115,7 +116,7 @@ def likeliest(model, tokenizer, prompt, count):
     order = p.argsort(descending=True, stable=True).tolist()
     ranked = ((p[id].item(), id, shown(token)) for id in order
               if (token := tokenizer.convert_ids_to_tokens(id)) is not None)
-    return [*itertools.islice(ranked, count)]
+    return [*itertools.islice(ranked, min(count, len(p)))]
 
 
 def shown(token):
@@ -124,3 +125,7 @@ def shown(token):
         return repr(token_bytes(token).decode("utf-8"))
     except UnicodeDecodeError:
         return repr(token_bytes(token))
+
+
+if __name__ == "__main__":
+    not_a_command("python generate.py --score FILE, or --top N")

@@ -22,12 +22,12 @@ files.
     B  sequences in a batch · T  tokens in a sequence (at most --context)
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -38,24 +38,34 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from files import error_line, plain, read_json, replace_closed_stderr, whole_output
+from commands import (
+    Parser,
+    a_name,
+    as_command,
+    check_folder,
+    check_text,
+    given,
+    spelled,
+    what_failed,
+)
+from files import error_line, plain, read_json, shown
 from processes import (
     SharedError,
-    error_text,
     everywhere,
     join_processes,
     lost_process,
     processes,
     rank,
     say,
+    usable_device,
 )
 from training.model import new_model
 from training.new_tokenizer import CLASSES, new_tokenizer
 from training.run import Run, describe
 from training.tasks import Label, NextToken, check_fit
-from training.texts import is_unicode
 
 FILES = dict(lm=["text"], classify=["train", "init"])       # options that a task must be given
+ONLY = dict(text="lm", prompt="lm", train="classify")       # options that only one task uses
 NEW_MODEL = dict(                                           # defaults; not allowed beside --init
     family=("neo", "architecture of a new model"), hidden_size=(256, "width of a new model"),
     layers=(4, "layers of a new model"), heads=(4, "attention heads of a new model"),
@@ -63,6 +73,9 @@ NEW_MODEL = dict(                                           # defaults; not allo
     vocab_size=(2048, "tokens that a new model's tokenizer learns"),
     dropout=(0.0, "dropout of a new model"))
 STATE = ("settings", "step", "seconds", "history", "model", "optimizer", "random")  # in state.pt
+RUN_FILE = re.compile(                                      # in OUT.run before its first save
+    r"\..*|metrics\.jsonl|loss\.png|(vocab|tokenizer|tokenizer_config|added_tokens"
+    r"|special_tokens_map)\.json|merges\.txt")
 RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "accumulate",
           "eval_every", "save_every")                       # the options that a Run takes
 
@@ -71,9 +84,9 @@ RECIPE = ("device", "dtype", "steps", "lr", "warmup", "weight_decay", "clip", "a
 # The command's options
 # ------------------------------------------------------------------------------------------------
 
-class RaisingParser(argparse.ArgumentParser):
+class RaisingParser(Parser):
     def error(self, message):
-        """Bad options raise a ValueError, so that `main` reports them once and in one line."""
+        """Bad options raise a ValueError, so that of several processes only one reports them."""
         raise ValueError(plain(message, 250))
 
 
@@ -81,14 +94,14 @@ def parser():
     p = RaisingParser(prog="train.py", description=__doc__.split("\n\n")[0])
     p.add_argument("--task", choices=list(FILES), default="lm",
                    help="learn the next token (lm, the default) or the label of a text (classify)")
-    p.add_argument("--text", nargs="+", metavar="FILE", help="for lm: UTF-8 text files to train on")
-    p.add_argument("--train", nargs="+", metavar="FILE",
-                   help="for classify: .csv or .jsonl files to train on")
-    p.add_argument("--valid", nargs="+", default=[], metavar="FILE",
+    several = dict(nargs="+", action="extend", type=a_name, metavar="FILE")
+    p.add_argument("--text", **several, help="for lm: UTF-8 text files to train on")
+    p.add_argument("--train", **several, help="for classify: .csv or .jsonl files to train on")
+    p.add_argument("--valid", **several, default=[],
                    help="held-out files of the same kind, for evaluation only")
-    p.add_argument("--out", required=True,
+    p.add_argument("--out", type=a_name, required=True,
                    help="folder for the checkpoint; OUT.run keeps an unfinished run")
-    p.add_argument("--init", metavar="CHECKPOINT",
+    p.add_argument("--init", type=a_name, metavar="CHECKPOINT",
                    help="fine-tune this checkpoint with its tokenizer: a folder or a hub id")
     for name, (value, text) in NEW_MODEL.items():
         choices = list(CLASSES) if name == "family" else None
@@ -114,7 +127,7 @@ def parser():
     p.add_argument("--save-dtype", choices=["float32", "bfloat16", "float16"], default="float32",
                    help="dtype of the checkpoint's weights (default float32)")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+    p.add_argument("--device", type=a_name, default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, ... (default: cuda if there is a GPU)")
     return p
 
@@ -122,23 +135,28 @@ def parser():
 def parse(argv):
     """The options; ValueError for what is missing, does not go together, or is out of its range."""
     args = parser().parse_args(argv)
+    names = given(args, parser())
     for name in FILES[args.task]:
-        if not getattr(args, name):
+        if name not in names:
             raise ValueError(f"--task {args.task} needs --{name}")
-    for task, (name, *_) in FILES.items():
-        if task != args.task and getattr(args, name):
+    for name, task in ONLY.items():
+        if task != args.task and name in names:
             raise ValueError(f"--{name} is for --task {task}")
     check_ranges(args)
-    given = [f"--{name.replace('_', '-')}" for name in NEW_MODEL if getattr(args, name) is not None]
-    if args.init and given:
-        raise ValueError(f"{', '.join(given)}: with --init the checkpoint decides that")
+    if args.init and (shape := [name for name in NEW_MODEL if name in names]):
+        raise ValueError(f"{spelled(shape)}: with --init the checkpoint decides that")
+    if args.family == "neox" and args.window is not None:
+        raise ValueError("--window is for --family neo: GPT-NeoX has no local layers")
     for name, (value, _) in {} if args.init else NEW_MODEL.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not is_unicode(args.prompt):                         # a terminal may send other bytes
-        raise ValueError("--prompt is not UTF-8")
-    args.device = check_device(args.device)
-    check_out(Path(args.out), run_folder(args.out))
+    check_text(args.prompt, "--prompt")
+    check_text(args.out, "--out")                           # safetensors reads no other name
+    args.device = str(usable_device(args.device))
+    if Path(args.out).name in ("", ".."):
+        raise ValueError(f"--out must name a folder, not {args.out!r}")
+    for folder in (args.out, run_folder(args.out)):
+        check_folder(folder)
     return args
 
 
@@ -150,8 +168,9 @@ def check_ranges(args):
         if value is not None and not 0 < value < 2**31:     # infinity and NaN are not
             name = name.replace("_", "-")
             raise ValueError(f"--{name} must be above 0 and below 2^31, not {value}")
-    for name, least, end in (("context", 2, 2**31), ("seed", 0, 2**32), ("threads", 1, 1025)):
-        value = getattr(args, name)
+    for name, least, end in (("context", 2, 2**31), ("batch-size", 1, 2**20), ("seed", 0, 2**32),
+                             ("threads", 1, 1025)):
+        value = getattr(args, name.replace("-", "_"))
         if value is not None and not least <= value < end:
             raise ValueError(f"--{name} must be at least {least} and below {end}, not {value}")
     if args.dropout is not None and not 0 <= args.dropout < 1:
@@ -163,31 +182,6 @@ def check_ranges(args):
                          f"{args.accumulate} pieces (processes x --accumulate)")
     if not 0 <= args.warmup < args.steps:
         raise ValueError(f"--warmup must be in 0 … {args.steps - 1}, not {args.warmup}")
-
-
-def check_device(name):
-    """The device's name, where of several processes each has its own GPU.
-
-    Raises ValueError for a device that cannot be used here.
-    """
-    try:
-        if name == "cuda" and processes() > 1:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
-        torch.ones(1, device=name).item()                   # fails on the device "meta" too
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {error_line(error):.100}") from None
-    return name
-
-
-def check_out(out, folder):
-    """Raise ValueError if the checkpoint or the run cannot be written there."""
-    if not out.name or out.name == "..":
-        raise ValueError(f"--out must name a folder, not {str(out)!r}")
-    for path in (out, folder):
-        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-        if not os.access(there, os.W_OK):
-            raise ValueError(f"{there}: no permission to write there (--out)")
 
 
 def settings_of(options, contents):
@@ -235,15 +229,21 @@ def find_earlier(out, folder, settings):
     elif os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there already and was not written by train.py: choose "
                          "another --out")
+    elif mine := [path.name for path in folder.iterdir() if not RUN_FILE.fullmatch(path.name)
+                  ] if folder.is_dir() else []:
+        raise ValueError(f"{folder} holds {plain(mine[0])}, which train.py has not written: choose "
+                         "another --out")
     else:
         return False, None
     # A run of an earlier version of this program did not save these settings.
     earlier = dict(task="lm", train=None, accumulate=1, processes=1) | earlier
-    differ = [f"{name} was {earlier.get(name)!r} and is {value!r}"
+    differ = [f"{name} has changed" if name in ("text", "train", "valid") else
+              f"{name} was {shown(earlier.get(name), 30)} and is {shown(value, 30)}"
               for name, value in settings.items() if earlier.get(name) != value]
     if differ:
-        raise ValueError(f"{out} belongs to a run with other settings ({'; '.join(differ)}): "
-                         f"choose another --out, or remove {out} and {folder}")
+        more = f" and {len(differ) - 3} more" * (len(differ) > 3)
+        raise ValueError(f"{out} belongs to a run with other settings ({'; '.join(differ[:3])}"
+                         f"{more}): choose another --out, or remove {out} and {folder}")
     return finished, state
 
 
@@ -335,15 +335,9 @@ def run_or_resume(argv):
     return 0
 
 
-def is_out_of_memory(error):
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate memory" in str(error)
-
-
-@whole_output
+@as_command
 def main(argv=None):
     """Exit status: 0 finished, 130 stopped by Ctrl-C, 2 with one line on what is wrong."""
-    replace_closed_stderr()
     try:
         if processes() > 1:
             join_processes()
@@ -357,21 +351,17 @@ def main(argv=None):
             time.sleep(1)                                   # so that torchrun lets process 0 say it
         say(f"train.py: error: {error}")
         return 2
-    except (ValueError, OSError) as error:
-        where = f"process {rank()}: " if processes() > 1 else ""
-        begin = "\n" if processes() > 1 else ""             # on a line below the progress bar
-        print(f"{begin}train.py: error: {where}{error_text(error)}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if lost_process(error):
             return 1                                       # another process ended, and has said why
-        if not is_out_of_memory(error):
-            raise
-        print("train.py: error: out of memory: use a smaller model, --batch-size or --context, or "
-              "more --accumulate", file=sys.stderr)
+        where = f"process {rank()}: " if processes() > 1 else ""
+        begin = "\n" if processes() > 1 else ""             # on a line below the progress bar
+        text = what_failed(error, "use a smaller model, --batch-size or --context, or more "
+                                  "--accumulate")
+        print(f"{begin}train.py: error: {where}{text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

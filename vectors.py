@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from commands import check_folder, not_a_command
 from diagnose import as_dicts, diagnose, explained, make_ids, rows_of, tensors_of, trace
 from files import error_line, plain, read_json, write_result
 from load_weights import AutoModelForCausalLM, AutoTokenizer, read_tensors
@@ -153,11 +154,12 @@ def write_vectors(folder):
 
     Raises ValueError where the folder holds something, OSError where it cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: name a new folder or an empty one")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
+    folder = Path(os.path.realpath(folder))
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{plain(folder)} is there already: name a new folder or an empty one")
+    check_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         for seed, (name, config) in enumerate(CASES.items(), start=FIRST_SEED):
             write_case(part / name, config, seed)
@@ -464,3 +466,7 @@ def write_junit(verdicts, mistakes, path):
             said = f"{v.said}; mistake: {named}" if named else v.said
             ElementTree.SubElement(case, "failure", message=said).text = "\n".join(explanation(found))
     write_result(path, ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
+
+
+if __name__ == "__main__":
+    not_a_command("python compare.py --vectors DIR, or --check-vectors DIR ANSWERS")

@@ -385,8 +385,8 @@ def test_weights_of_another_size(folder, capsys):
 
 
 @pytest.mark.parametrize("name, says", [
-    ("/no/such/folder", "no folder /no/such/folder"), ("./none", "no folder ./none"), ("a/b/c", "no folder a/b/c"),
-    ("", "")], ids=repr)
+    ("/no/such/folder", "no folder /no/such/folder"), ("./none", "no folder ./none"), ("a/b/c", "no folder a/b/c")],
+    ids=repr)
 def test_no_such_folder(capsys, name, says, monkeypatch, tmp_path):
     """Told apart from a hub id without asking the network."""
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,5 @@
 """Files that belong together are written all or not at all; what a file contains is printed safely."""
 
-import importlib
-import io
 import json
 import os
 import subprocess
@@ -178,28 +176,15 @@ def test_links_are_replaced_and_never_followed(tmp_path):
     assert not (folder / "config.json").is_symlink()
 
 
-def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
-    """Without this the text is still waiting when Python ends, which then reports an ignored error."""
-    for path, status, says in [("/dev/full", 2, "error: standard output: No space left on device\n"), (None, 0, "")]:
-        reader, pipe = os.pipe()
-        os.close(reader)                                   # as | head does
-        monkeypatch.setattr(sys, "stdout", open(path or pipe, "w"))
-        assert files.whole_output(lambda argv: print("text") or 0)() == status
-        assert capsys.readouterr().err == says
-        sys.stdout.close()                                 # nothing is left to be written
-
-
-def test_output_in_an_encoding_that_lacks_a_character(monkeypatch, capsys):
-    """The reports of compare.py have a Δ, which cp1252 has not."""
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
-    assert files.whole_output(lambda argv: print("max Δ") or 1)() == 1
-    assert sys.stdout.buffer.getvalue().strip() == b"max ?"
-    assert "has no Δ: written as ?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("module", ["benchmark", "compare", "train"])
-def test_the_commands_that_print_results_write_them_out(module):
-    assert importlib.import_module(module).main.__wrapped__
+def test_a_link_that_is_named_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("there", "new"):
+        link = tmp_path / name
+        link.symlink_to(f"folder/{name}.json")
+        if name == "there":
+            link.write_text("old")
+        files.write_result(link, b"text")
+        assert link.is_symlink() and (tmp_path / "folder" / f"{name}.json").read_bytes() == b"text"
 
 
 @pytest.mark.parametrize("value, expected", [

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 # From the bottom.
-ORDER = ["pictures", "attention", "files", "processes", "parallel", "tokenizer_settings", "tokenizer", "originals", "quantize", "transformers_arguments", "bin_files",
+ORDER = ["attention", "files", "commands", "pictures", "processes", "parallel", "tokenizer_settings", "tokenizer", "originals", "quantize", "transformers_arguments", "bin_files",
          "load_weights", "fast", "base", "configs", "sampling", "task_heads",
          "neo", "neox", "neo_jax", "convert", "score", "training", "generate", "mistakes", "diagnose", "vectors",
          "look", "compare", "train", "benchmarks", "benchmark"]

@@ -78,7 +78,7 @@ def test_every_mistake_can_be_looked_at(name):
 
 @pytest.mark.parametrize("options, words", [
     (dict(text=""), "the text has 0 tokens"), (dict(text="a " * 600), "can show 1 to 512"),
-    (dict(mistake="no-such"), "no mistake 'no-such' in gpt_neo; known are no-causal-mask"),
+    (dict(mistake="no-such"), "no mistake 'no-such'; near it are no-scale"),
     (dict(mistake="rotary-base"), "no mistake 'rotary-base' in gpt_neo"),
     (dict(mistake="scaled-scores", other=DEMOS["demo-neo"]), "give one"),
     (dict(other=DEMOS["demo-neox"]), "different tokens"), (dict(model="no/such/folder"), "no/such/folder")])
@@ -88,12 +88,12 @@ def test_what_cannot_be_shown_is_refused(options, words, tmp_path, capsys):
         arguments += [f"--{name}", value]
     assert look.main(arguments) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("look.py: error: ") and err.count("\n") == 1 and words in err
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert not list(tmp_path.iterdir())
 
 
 def test_more_bad_calls(tmp_path, capsys):
-    assert look.main([TEXT, "--out", str(tmp_path)]) == 2 and "must name a file" in capsys.readouterr().err
+    assert look.main([TEXT, "--out", str(tmp_path)]) == 2 and "is a folder: name a file" in capsys.readouterr().err
     assert look.main(["\udce9", "--out", str(tmp_path / "p.html")]) == 2 and "not UTF-8" in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(DEMOS["demo-neo"])
     with pytest.raises(ValueError, match="needs its tokenizer"):

@@ -25,8 +25,8 @@ from training.texts import Batches, read_examples, read_plain
 from training_cases import SHAPE as SIZES
 from training_cases import metrics, nonsense, refused, run, write_data
 
-SHAPE = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--window", "8", "--context", "32",
-         "--vocab-size", "320"]
+SHAPE = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--context", "32", "--vocab-size", "320"]
+WINDOW = {"neo": ["--window", "8"], "neox": []}
 RECIPE = ["--steps", "60", "--batch-size", "8", "--lr", "1e-2", "--warmup", "5", "--dropout", "0.1",
           "--dtype", "bfloat16", "--threads", "1", "--eval-every", "25", "--save-every", "8"]
 ODD = "Zoë — “naïve”  日本 🜁\t\n\n   x  y<|endoftext|>\r\n e\u0301 " + " " * 30 + "end "
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 def command(folder, out, family, *more):
     return ["--text", str(folder / "one.txt"), str(folder / "two.txt"), "--valid",
             str(folder / "held_out.txt"), str(folder / "held_out_too.txt"), "--out",
-            str(folder / out), "--family", family, *SHAPE, *RECIPE, *more]
+            str(folder / out), "--family", family, *SHAPE, *WINDOW[family], *RECIPE, *more]
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,8 @@ def test_bad_texts(folder, capsys):
     assert "wide.txt: not a text in UTF-8, it has zero bytes" in error("wide.txt")
     assert "no.txt" in error("one.txt", "--valid", str(folder / "no.txt"))
     assert "fewer than one --context of 32" in error("short.txt", *SHAPE[:-1], "258")
-    assert "the text gives" in error("short.txt", *SHAPE)
+    assert "more than the text has characters" in error("short.txt", *SHAPE)
+    assert "the text gives" in error("short.txt", *SHAPE[:-1], "270")
     assert "too small" in error("one.txt", *SHAPE[:-1], "257")
     assert not (folder / "bad").exists()
 
@@ -308,7 +309,7 @@ def test_out_of_another_run(folder, finished, capsys):
     one = folder / "one.txt"
     text = one.read_text(encoding="utf-8")
     one.write_text(text + "more", encoding="utf-8")
-    assert "other settings (text was" in refused(capsys, command(folder, "neo", "neo"))
+    assert "other settings (text has changed" in refused(capsys, command(folder, "neo", "neo"))
     one.write_text(text, encoding="utf-8")
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.tex").write_text("precious")
@@ -420,10 +421,13 @@ def test_a_classifier_is_no_language_model(checkpoint, tmp_path, capsys):
     (["--family", "gpt2"], "argument --family: invalid choice: 'gpt2'"), (["--valid"], "argument --valid: expected"),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"), (["--nonsense"], "unrecognized arguments"),
     (["--device", "gpu"], "--device gpu cannot be used here"), (["--device", "meta"], "--device meta cannot"),
-    (["--out", ""], "--out must name a folder"), (["--out", "/"], "--out must name a folder"),
+    (["--out", ""], "argument --out: '' is not a name: it is empty"), (["--out", "/"], "--out must name a folder"),
     (["--out", ".."], "--out must name a folder"), (["--out", "/proc/nothing/out"], "/proc"),
-    (["--out", "{}/one.txt/out"], "one.txt"), (["--out", "{}/one.txt"], "is there already and was not written by train.py"),
-    (["--out", "{}/" + "x" * 300], "File name too long"),
+    (["--out", "{}/one.txt/out"], "one.txt"), (["--out", "{}/one.txt"], "one.txt: Not a directory: name another folder"),
+    (["--out", "{}/" + "x" * 300], "it is too long"), (["--out", "{}/" + "x" * 252], "File name too long"),
+    (["--out", "\udcff"], "--out is not UTF-8"), (["--batch-size", str(2**30)], "--batch-size must be"),
+    (["--vocab-size", str(2**30)], "more than the text has characters"), (["--init", ""], "argument --init: ''"),
+    (["--family", "neox", "--window", "3"], "--window is for --family neo"),
     (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     (["--text", "{}"], "Is a directory"), (["--valid", "{}"], "Is a directory")])
 def test_options_that_cannot_be(folder, tmp_path, capsys, more, words):
@@ -444,12 +448,13 @@ def test_what_a_run_finds_in_its_place(folder, tmp_path, capsys):
     assert "state.pt is damaged ('settings')" in refused(capsys, command(folder, out, "neo"))
     shutil.rmtree(run_folder)
     run_folder.write_text("mine")
-    assert "out.run: File exists" in refused(capsys, command(folder, out, "neo"))
+    assert "out.run: Not a directory" in refused(capsys, command(folder, out, "neo"))
+    assert run_folder.read_text() == "mine"
+    run_folder.unlink()
     out.mkdir()
     for record in ("{", "[]", "{}"):
         (out / "training.json").write_text(record)
         assert "training.json" in refused(capsys, command(folder, out, "neo"))
-    assert run_folder.read_text() == "mine"
 
 
 def test_a_failure_before_the_first_save_leaves_nothing_and_after_it_the_run(folder, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from files import write_files
-from pictures import pyplot
+from pictures import plain_label, pyplot
 from processes import SharedError, gathered, processes, rank, total
 from training.model import learning_rate, parameter_groups
 from training.tasks import autocast, to_device
@@ -182,7 +182,7 @@ def draw(history, task, path):
     if valid:
         axes.plot(*zip(*valid), "o-", markersize=3, label="held out")
     unit = task.curve.removeprefix("valid_").replace("_", " ")
-    axes.set(xlabel="step", ylabel=unit, title=path.parent.name)
+    axes.set(xlabel="step", ylabel=unit, title=plain_label(path.parent.name))
     axes.grid(alpha=0.3)
     axes.legend()
     write_files(path.parent, {path.name: lambda part: figure.savefig(
