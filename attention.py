@@ -316,8 +316,8 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
     if upcast:
         q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
     T, S = q.size(-2), k.size(-2)
-    if window is None or window >= S:
-        return fused(q, k, v, scale, None, key_mask, dropout).to(dtype)
+    if window is None or one_graph() or window >= S:
+        return fused(q, k, v, scale, window, key_mask, dropout).to(dtype)
 
     block = max(window, 64)                    # smaller blocks: the calls cost more than they save
     parts = []
@@ -332,8 +332,8 @@ def sdpa(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0, upcast=Fals
 def fused(q, k, v, scale, window, key_mask, dropout):
     """One call of torch's kernel; it gets a mask only if its option is_causal is not enough."""
     T, S = q.size(-2), k.size(-2)
-    square = T == S and (window is None or window >= S)
-    everything = T == 1 and (window is None or window >= S)
+    unlimited = window is None or not one_graph() and window >= S
+    square, everything = T == S and unlimited, T == 1 and unlimited
     allowed = None
     if key_mask is not None or not (square or everything):
         allowed = visible(T, S, window, q.device)                           # (T, S)
@@ -343,13 +343,18 @@ def fused(q, k, v, scale, window, key_mask, dropout):
             # be finite: for an empty row cuDNN's kernel makes every gradient of k and v NaN.
             allowed = allowed | ~allowed.any(-1, keepdim=True)
     options = dict(attn_mask=allowed, is_causal=allowed is None and square, scale=scale)
-    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    if within_transform() and not plain:
+    compiling, grads = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    if within_transform() and (compiling or grads):
         return in_plain_operations(q, k, v, dropout_p=dropout, **options)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
-    if plain or dropout:
+    if compiling or dropout or not grads:
         return y
     return DerivableTwice.apply(y, functools.partial(in_plain_operations, **options), q, k, v)
+
+
+def one_graph():
+    """Does torch.export trace this call?  Then one graph, without blocks, serves every length."""
+    return getattr(torch.compiler, "is_exporting", bool)()                  # since torch 2.7
 
 
 def within_transform():

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ def log_probability(logits, targets):
 def check_labels(labels, logits):
     """Raise ValueError for labels that do not fit logits (B, T, V)."""
     B, T, V = logits.shape
+    check_tensor("labels", labels)
     if labels.shape != (B, T):
         raise ValueError(f"labels must have the shape of the logits' tokens {(B, T)}, "
                          f"got {tuple(labels.shape)} (labels and logits_to_keep "
@@ -168,6 +170,7 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     elif input_ids is not None:
         raise ValueError("input_ids and inputs_embeds were both given; they exclude each other")
     else:
+        check_tensor("inputs_embeds", inputs_embeds)
         B, T, C = inputs_embeds.shape if inputs_embeds.dim() == 3 else (0, 0, 0)
         if C != config.hidden_size:
             raise ValueError("inputs_embeds must have shape (batch, tokens, "
@@ -177,14 +180,20 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     if limit is not None and past + T > limit:
         raise ValueError(f"{past + T} tokens ({past} cached + {T} new) are more than the "
                          f"{limit} positions that this model has learned")
-    if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
-        raise ValueError(f"position_ids must have shape {(B, T)}, got {tuple(position_ids.shape)}")
+    if position_ids is not None:
+        check_tensor("position_ids", position_ids)
+        if position_ids.shape not in ((B, T), (1, T)):
+            raise ValueError(f"position_ids must have shape {(B, T)}, got "
+                             f"{tuple(position_ids.shape)}")
     if input_ids is not None:
         low, high = value_range(input_ids, (0, 0))
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids range from {low} to {high}; this model's vocabulary has "
                              f"ids 0 to {vocab_size - 1}")
     if position_ids is not None and limit is not None:
+        if position_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError("position_ids must be int64 or int32 (.long() makes them so), got "
+                             f"{position_ids.dtype}")
         low, high = value_range(position_ids, (0, 0))
         if low < 0 or high >= limit:
             raise ValueError(f"position_ids range from {low} to {high}; this model has positions "
@@ -192,11 +201,15 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     return B, T
 
 
+def check_tensor(name, value):
+    """Raise ValueError, with the name, unless the value of an argument is a tensor."""
+    if not torch.is_tensor(value):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_ids(input_ids):
     """Raise ValueError unless input_ids is a batch of token ids: int64 or int32 (B, T)."""
-    if not torch.is_tensor(input_ids):
-        raise ValueError("input_ids must be a tensor of shape (batch, tokens), got "
-                         f"{type(input_ids).__name__}")
+    check_tensor("input_ids", input_ids)
     if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2:
         raise ValueError("input_ids must be int64 or int32 (.long() makes them so) of shape "
                          f"(batch, tokens), got {input_ids.dtype} of shape "
@@ -210,6 +223,7 @@ def key_mask_of(attention_mask, B, S):
     """
     if attention_mask is None:
         return None
+    check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != (B, S):
         raise ValueError(f"attention_mask must have shape (batch, cached + new tokens) = {(B, S)}, "
                          f"got {tuple(attention_mask.shape)}")
@@ -262,6 +276,10 @@ class GenerationConfig(dict):
 
     def __setattr__(self, name, value):
         self[name] = value
+
+    def to_dict(self):
+        """The settings as a plain dict."""
+        return dict(self)
 
     def __deepcopy__(self, memo):
         return GenerationConfig(copy.deepcopy(dict(self), memo))
@@ -398,19 +416,35 @@ class PreTrainedModel(nn.Module):
         """The layer from hidden states to next-token logits, or None if the model has none."""
         return getattr(self, "lm_head", None)
 
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None):
+    def set_input_embeddings(self, layer):
+        """Replace the token embedding.  tie_weights() ties the output head to the new one."""
+        self.base_model.embed = layer
+
+    def set_output_embeddings(self, layer):
+        """Replace the layer from hidden states to next-token logits; ValueError without one."""
+        if self.get_output_embeddings() is None:
+            raise ValueError(f"{type(self).__name__} has no layer for next-token logits")
+        self.lm_head = layer
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None,
+                                mean_resizing=True):
         """Change the vocabulary to new_num_tokens ids and return the embedding.
 
         pad_to_multiple_of: round the number up to a multiple of this.
         New rows of the embedding, and of an untied output head, are the mean of the old rows, so
         that no new token is more likely than the others (transformers adds noise of 1e-9 of the
         variance); with fewer ids the last rows are removed.  config.vocab_size is changed as well.
-        Raises ValueError for a size below 1, and if the output head is quantized.
+        Raises ValueError, before anything is changed, for a size that is not a whole number or is
+        below 1, for mean_resizing=False, and if the output head is quantized.
         """
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if not hasattr(size, "__index__") or operator.index(size) < 1:
+            raise ValueError("new_num_tokens must be a whole number and at least 1, got "
+                             f"{shown(new_num_tokens)}")
+        if not mean_resizing:
+            raise ValueError("mean_resizing=False is not supported: new rows are the mean")
+        size = operator.index(size)
         size += -size % (pad_to_multiple_of or 1)
-        if size < 1:
-            raise ValueError(f"the vocabulary must have at least 1 token, got {size}")
         embed, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(head, QuantizedLinear):
             raise ValueError("the output head is quantized, so it cannot get other rows: resize "

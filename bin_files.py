@@ -13,7 +13,7 @@ import zipfile
 
 import torch
 
-from files import error_line, plain
+from files import error_line, plain, shown
 from originals.neox import NUMPY_STATE
 
 LARGEST_PICKLE = 2**20           # bytes; GPT-NeoX-20B's list of 660 tensors is an eighth of this
@@ -41,9 +41,8 @@ def read_bin(path, module=False):
     except Exception as error:                          # a broken pickle can raise anything
         raise ValueError(f"{path} is not a whole .bin file ({error_line(error)}): "
                          "get it again") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(t)
-                                              for k, t in state.items()):
-        raise ValueError(f"{path} must hold a dict of tensors")
+    if problem := something_else(state):
+        raise ValueError(f"{path} must hold a dict of tensors, but {problem}")
     for name, tensor in state.items():
         if problem := oddity(tensor):
             raise ValueError(f"{path}: tensor {plain(name)} is {problem}; supported "
@@ -87,6 +86,20 @@ def check_steps(file):
     for step, _ in enumerate(pickletools.genops(file)):
         if step > MOST_STEPS:
             raise OversizeError("it names more tensors than any model has")
+
+
+def something_else(state):
+    """What the content of a .bin file has that is not a named tensor, or None."""
+    if not isinstance(state, dict):
+        return f"holds a {type(state).__name__}"
+    others = {name: value for name, value in state.items()
+              if not isinstance(name, str) or not torch.is_tensor(value)}
+    for name, value in others.items():
+        if isinstance(value, dict) and any(map(torch.is_tensor, value.values())):
+            return f"has one in its entry {shown(name)}: save that entry by itself"
+    for name, value in others.items():
+        return f"its entry {shown(name)} is of type {type(value).__name__}"
+    return None
 
 
 def oddity(tensor):

@@ -42,8 +42,9 @@ from processes import (
     rank,
     usable_device,
 )
-from sampling import Settings, as_dict, check_prompt, generate, stream  # noqa: F401  (generate)
+from sampling import Settings, check_prompt, generate, stream  # noqa: F401  (generate)
 from score import likeliest, score_text, window_and_stride
+from transformers_arguments import settings_dict
 
 # ------------------------------------------------------------------------------------------------
 # The options
@@ -195,7 +196,8 @@ def settings_of(model, prompt_length, *, max_new_tokens, temperature, greedy, **
         room = 200 if positions is None else positions - prompt_length
         max_new_tokens = max(1, min(200, room))
     if temperature is None:
-        temperature = as_dict(model.generation_config).get("temperature", 0.9)
+        temperature = settings_dict(model.generation_config).get("temperature")
+        temperature = 0.9 if temperature is None else temperature
     given = {name: value for name, value in given.items() if value is not None}
     greedy = greedy or temperature == 0
     return Settings.of(model, dict(

@@ -31,7 +31,7 @@ from files import error_line, fetch, plain, read_json, shown, write_files
 from originals import original_config, original_files, read_original
 from originals.flax import write_flax
 from parallel import add_up, check_connected, check_parts, cut, piece
-from transformers_arguments import HUB, loading_options
+from transformers_arguments import HUB, loading_options, settings_dict
 
 # The names in EleutherAI's files on the hub -> our names.  '#' stands for the layer number, '*' for
 # weight or bias.  None means that the name is known and ignored; a name without a rule is an error.
@@ -114,9 +114,21 @@ def our_name(name, table):
 
 
 def official_names(state, table):
-    """{our name: tensor} -> {checkpoint name: tensor}, by the same table in reverse."""
+    """{our name: tensor} -> {checkpoint name: tensor}, by the same table in reverse.
+
+    Raises ValueError, with the name, for a tensor that no official checkpoint has.
+    """
     back = {ours: theirs for theirs, ours in reversed(table.items())}    # the first spelling wins
-    return {translate(name, back): tensor for name, tensor in state.items()}
+    named = {}
+    for name, tensor in state.items():
+        try:
+            named[translate(name, back)] = tensor
+        except KeyError:
+            raise ValueError(f"the official format has no tensor for {plain(name)}: take out of "
+                             "the model what was added to it (torch.nn.utils.prune.remove, "
+                             "parametrize.remove_parametrizations), or save its state_dict with "
+                             "torch.save") from None
+    return named
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,7 +243,7 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
                        changes, cls)
     weights, stored, raw = quantize.what_to_load(raw, weights)
     config = make_config(cls, name_or_folder, raw)
-    dtype = choose_dtype(torch_dtype, dtype, raw)
+    dtype = choose_dtype(torch_dtype, dtype, raw, name_or_folder)
     generation_config, where = read_generation_config(name_or_folder, revision, raw, cls, hub)
     if stored:
         paths = [fetch(name_or_folder, quantize.FILE, revision, **hub)]
@@ -244,10 +256,11 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
     if shared:
         check_parts(config)
 
-    with torch.device("meta"), NoInit():
-        model = cls(config, "auto" if attn_implementation is None else attn_implementation)
-    state = read_state(name_or_folder, paths, model, dtype, device, weights, stored, shared)
-    model.load_state_dict(state, strict=True, assign=True)
+    with torch.inference_mode(False):          # tensors of inference mode could not be trained
+        with torch.device("meta"), NoInit():
+            model = cls(config, "auto" if attn_implementation is None else attn_implementation)
+        state = read_state(name_or_folder, paths, model, dtype, device, weights, stored, shared)
+        model.load_state_dict(state, strict=True, assign=True)
     if shared:
         add_up(model)
     if hasattr(model, "tie_weights") and not weights:      # integers are the head's own
@@ -329,19 +342,21 @@ class NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def choose_dtype(torch_dtype, dtype, raw):
+def choose_dtype(torch_dtype, dtype, raw, folder=None):
     """The dtype that either argument names; None for "auto" if the config names none."""
-    asked = {parse_dtype(given, raw) for given in (torch_dtype, dtype) if given is not None}
+    asked = {parse_dtype(given, raw, folder) for given in (torch_dtype, dtype) if given is not None}
     if len(asked) > 1:
         raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each "
                          "other: give one")
     return asked.pop() if asked else torch.float32
 
 
-def parse_dtype(dtype, raw):
+def parse_dtype(dtype, raw, folder):
     """A dtype or its name -> the dtype; "auto" -> the config's, or None if it names none."""
+    wrong = "dtype must be 'auto',"
     if dtype == "auto":
-        dtype = raw.get("dtype") or raw.get("torch_dtype")
+        field = "dtype" if raw.get("dtype") else "torch_dtype"
+        dtype, wrong = raw.get(field), f"{folder}/config.json: config field {field!r} must be"
         if dtype is None:
             return None
     numpy = sys.modules.get("numpy")                       # a numpy dtype needs a loaded numpy
@@ -350,7 +365,7 @@ def parse_dtype(dtype, raw):
             dtype = numpy.dtype(dtype).name
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found not in FLOATS:
-        raise ValueError("dtype must be 'auto', float32, float16, bfloat16 or float64, got "
+        raise ValueError(f"{wrong} float32, float16, bfloat16 or float64, got "
                          f"{shown(dtype)}")
     return found
 
@@ -608,7 +623,7 @@ def settings_files(model, architecture, dtype, **more):
     """{name: content} of generation_config.json and config.json; write_files needs this order."""
     config = {"architectures": [architecture], **model.config.to_dict(),
               "torch_dtype": str(dtype).removeprefix("torch."), **more}
-    generation = model.generation_config or {
+    generation = settings_dict(model.generation_config) or {
         k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
         if config[k] is not None}
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in (

@@ -18,6 +18,7 @@ from attention import KVCache
 from base import check_inputs, key_mask_of
 from files import error_line, shown
 from tokenizer import token_bytes
+from transformers_arguments import settings_dict
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -28,7 +29,7 @@ class Settings:
     """How to generate.  The defaults are those of the reference; a checkpoint may name others."""
 
     do_sample: bool = False               # False: greedy, always the likeliest token
-    temperature: float = 1.0              # below 1 sharpens the distribution, above 1 flattens
+    temperature: float | None = 1.0       # below 1 sharpens the distribution, above 1 flattens
     top_k: int | None = 50                # only the k likeliest; 0 or None: all
     top_p: float | None = 1.0             # only the fewest that together have this probability
     min_p: float | None = None            # only those with at least this share of the largest
@@ -58,13 +59,14 @@ class Settings:
         Raises ValueError, naming the setting, for what this project does not do and for values
         without a meaning.
         """
-        stored = as_dict(model.generation_config)
+        stored = settings_dict(model.generation_config)
         where = getattr(model.generation_config, "file", "generation_config.json")
         if not stored:
             where, names = "config.json", ("eos_token_id", "pad_token_id")
             stored = {name: getattr(model.config, name) for name in names}
         chosen, source = {}, {}
-        for where, settings in ((f"{where}: ", stored), ("generation_config: ", as_dict(config))):
+        config = settings_dict(config)
+        for where, settings in ((f"{where}: ", stored), ("generation_config: ", config)):
             values = {name: as_python(value) for name, value in settings.items()
                       if value is not None}
             chosen |= values
@@ -83,8 +85,7 @@ class Settings:
         for name, (right, must) in CHECKS.items():
             value = getattr(self, name)
             read = self.do_sample or name not in SAMPLING_ONLY
-            given = value is not None or name == "temperature"
-            if read and given and not right(value):
+            if read and value is not None and not right(value):
                 raise ValueError(f"{source.get(name, '')}{name} must be {must}, got {shown(value)}")
         self.do_sample = bool(self.do_sample)
         self.num_return_sequences = self.num_return_sequences or 1
@@ -233,17 +234,6 @@ def refuse(name, chosen, where, known):
         off = " or ".join(map(repr, (None, *REFUSED[name])))
         raise ValueError(f"{where}{name}={shown(value)} is not supported here, only in "
                          f"transformers: leave it out or set it to {off}")
-
-
-def as_dict(config):
-    """A dict of settings from None, a dict, or an object like transformers' GenerationConfig."""
-    if config is None or isinstance(config, dict):
-        return config or {}
-    for method in ("to_diff_dict", "to_dict"):
-        if hasattr(config, method):
-            return getattr(config, method)()
-    raise ValueError("generation_config must be a dict or have a method to_dict, got "
-                     f"{type(config).__name__}")
 
 
 def as_python(value):
@@ -471,7 +461,7 @@ class Decoder:
     def __init__(self, model, mask, total, compile):
         B = mask.size(0)
         self.model, self.mask = model, mask
-        self.position_ids = (mask.cumsum(-1) - 1).clamp(min=0)     # from the first real token
+        self.position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)    # padding: 0
         self.cache = new_cache(model, B, total)
         self.step = compiled_step(model, self.cache) if compile else None
         self.B, self.rows = B, torch.arange(B, device=mask.device)     # rows: those not left out
@@ -594,9 +584,6 @@ generate.settings = [*CHECKS, *REFUSED]
 def check_prompt(model, input_ids, attention_mask, settings):
     """Raise ValueError for a prompt that cannot be continued; warn of padding on the right."""
     check_inputs(input_ids, None, model.config)
-    if attention_mask is not None and not torch.is_tensor(attention_mask):
-        raise ValueError("attention_mask must be a tensor of shape (batch, tokens), got "
-                         f"{type(attention_mask).__name__}")
     key_mask_of(attention_mask, *input_ids.shape)
     B, V = input_ids.size(0) * settings.num_return_sequences, model.config.vocab_size
     ends = settings.stop_strings or any(i < V for i in settings.eos_ids)

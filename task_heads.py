@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from base import PreTrainedModel, as_usual
+from base import PreTrainedModel, as_usual, check_tensor
 
 
 class Head(PreTrainedModel):
@@ -70,6 +70,7 @@ class ForSequenceClassification(Head):
         logits = self.score(x)              # (B, T, N): all tokens, as transformers does; same bits
         out.logits = logits[torch.arange(len(x), device=x.device), self.last_token(input_ids, x)]
         if labels is not None:
+            check_tensor("labels", labels)
             out.loss = sequence_loss(out.logits, labels.to(x.device), self.config)
         return out
 
@@ -117,6 +118,7 @@ class ForTokenClassification(Head):
                                     inputs_embeds=inputs_embeds)
         out.logits = self.classifier(self.dropout(x))
         if labels is not None:
+            check_tensor("labels", labels)
             logits = out.logits.float() if self.upcast_loss else out.logits
             out.loss = class_loss(logits, labels.to(x.device), "(batch, tokens)")
         return out
@@ -171,6 +173,9 @@ def sequence_loss(logits, labels, config):
         raise ValueError(f"labels for {kind} must have the shape {tuple(logits.shape)} of the "
                          f"logits, got {tuple(labels.shape)}")
     if kind == "multi_label_classification":
+        if not labels.is_floating_point():
+            raise ValueError(f"labels for {kind} must be 0.0 and 1.0 (.float() makes them so), got "
+                             f"{labels.dtype}")
         return F.binary_cross_entropy_with_logits(logits, labels)
     if config.num_labels == 1:
         return F.mse_loss(logits.squeeze(), labels.squeeze())
@@ -194,6 +199,7 @@ def class_loss(logits, labels, shape):
 def position_loss(logits, positions, name):
     """Mean cross entropy () of token indices: logits (B, T), positions (B,) or (B, 1)."""
     B, T = logits.shape
+    check_tensor(name, positions)
     if positions.numel() != B:
         raise ValueError(f"{name} must be one index for each of {B} rows, got shape "
                          f"{tuple(positions.shape)}")

@@ -419,6 +419,9 @@ class Tokenizer:
 
     def add_special_tokens(self, special_tokens, replace_extra_special_tokens=True):
         """Set {"pad_token": "<pad>", "extra_special_tokens": [...]}, and add the new ones."""
+        if not isinstance(special_tokens, dict):
+            raise TypeError('special tokens are a dict such as {"pad_token": "<pad>"}, not a '
+                            f"{type(special_tokens).__name__}: add_tokens takes a list")
         tokens, named, extra = [], {}, list(self.extra_special_tokens)
         for name, value in special_tokens.items():
             if name in EXTRA and isinstance(value, (list, tuple)):
@@ -476,8 +479,9 @@ class Tokenizer:
         neutral = {name: overrides.pop(name) for name in NEUTRAL_IN_LOADING if name in overrides}
         check_neutral("from_pretrained", neutral, NEUTRAL_IN_LOADING)
         if unknown := overrides.keys() - CONFIG.keys():
-            raise TypeError(f"from_pretrained does not know {', '.join(sorted(unknown))}; it knows "
-                            f"revision, cache_dir, local_files_only, token, {', '.join(CONFIG)}")
+            raise TypeError(f"from_pretrained does not know {shown(sorted(unknown))}; it knows "
+                            "revision, cache_dir, local_files_only, token and the fields of "
+                            "tokenizer_config.json, such as pad_token and padding_side")
         check_config("from_pretrained", overrides, cls, False)
         paths = find_files(name_or_folder, revision, **{name: v for name, v in hub.items() if v})
         tokenizer = cls(paths, overrides)

@@ -57,8 +57,11 @@ class Rule(NamedTuple):
 
 
 def is_among(value, values):
-    """Is the value one of these, and of the same type?  (In Python True equals 1.)"""
-    return any(type(value) is type(v) and value == v for v in values)
+    """Is the value one of these, and of the same type?  (In Python True equals 1.)
+
+    A text may be of a subclass, like transformers' TensorType.PYTORCH, which equals "pt".
+    """
+    return any((type(value) is type(v) or isinstance(value, str)) and value == v for v in values)
 
 
 def one_of(*values):

@@ -1,7 +1,8 @@
 """transformers' other arguments of from_pretrained and save_pretrained.
 
 They are accepted at the values that change nothing here, so that code written for transformers
-runs, and refused by name at any other value.
+runs, and refused by name at any other value.  Settings for generate may come as transformers'
+GenerationConfig.
 """
 
 import torch
@@ -31,7 +32,8 @@ LOADING = {
 }
 SAVING = {                                                 # the same for save_pretrained
     "safe_serialization": (None, True), "is_main_process": (None, True), "state_dict": (None,),
-    "push_to_hub": (None, False), "max_shard_size": (None,), "variant": (None,), "token": (None,),
+    "push_to_hub": (None, False), "max_shard_size": (None, "50GB"), "variant": (None,),
+    "token": (None,),
     "save_peft_format": (None, True, False), "save_original_format": (None, True, False),
 }
 REASONS = {"trust_remote_code": "code of a checkpoint is never run here",
@@ -95,3 +97,14 @@ def device_of_map(device_map):
     except (RuntimeError, TypeError):
         raise ValueError(f"device_map={shown(device_map)} is not supported: give one device, or "
                          "'auto' where there is only one") from None
+
+
+def settings_dict(config):
+    """A dict of settings from None, a dict, or an object like transformers' GenerationConfig."""
+    if config is None or isinstance(config, dict):
+        return config or {}
+    for method in ("to_diff_dict", "to_dict"):
+        if hasattr(config, method):
+            return getattr(config, method)()
+    raise ValueError("generation_config must be a dict or have a method to_dict, got "
+                     f"{type(config).__name__}")

@@ -333,13 +333,16 @@ def test_code_in_a_pickle_does_not_run(folder, capsys, zipped):
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": {"a": 1}}, {"step": 3}, {1: torch.zeros(2)}, torch.zeros(3)],
-                         ids=["list", "nested", "number", "no name", "tensor"])
-def test_a_bin_of_something_else(folder, capsys, content):
+@pytest.mark.parametrize("content, says", [
+    ([1, 2], "holds a list"), ({"model": {"a": 1}}, "its entry 'model' is of type dict"), ({"step": 3}, "its entry 'step' is of type int"),
+    ({"epoch": 1, "state_dict": {"a": torch.zeros(1)}}, "has one in its entry 'state_dict'"), ({1: torch.zeros(2)}, "its entry 1 is of type Tensor"),
+    ({"model": {"a": torch.zeros(1)}}, "has one in its entry 'model': save that entry by itself"),
+    (torch.zeros(3), "holds a Tensor")], ids=["list", "nested", "number", "run", "no name", "inside", "tensor"])
+def test_a_bin_of_something_else(folder, capsys, content, says):
     """Such as a training checkpoint with the optimizer's state in it."""
     official(folder)
     torch.save(content, folder / "pytorch_model.bin")
-    refused(folder, capsys, ValueError, "pytorch_model.bin must hold a dict of tensors")
+    refused(folder, capsys, ValueError, f"pytorch_model.bin must hold a dict of tensors, but {says}")
 
 
 def test_a_bin_that_is_a_plain_pickle(folder, capsys):
@@ -469,7 +472,7 @@ def test_more_positions_than_learned():
 
 SAMPLING = [
     (dict(temperature=0), "temperature"), (dict(temperature=-0.5), "temperature"), (dict(temperature=NAN), "temperature"),
-    (dict(temperature=INF), "temperature"), (dict(temperature=None), "temperature"),
+    (dict(temperature=INF), "temperature"), (dict(temperature="1"), "temperature"),
     (dict(top_p=0), "top_p"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"), (dict(top_p=NAN), "top_p"),
     (dict(top_p=-0.1), "top_p"), (dict(top_k=-1), "top_k"), (dict(top_k=2.5), "top_k")]
 ALWAYS = [

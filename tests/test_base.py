@@ -1,9 +1,11 @@
 """What users of transformers expect of a model and its output."""
 
+import copy
 import dataclasses
 import inspect
 import sys
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -82,7 +84,7 @@ def test_settings_of_the_config_that_scripts_set():
 def test_usual_arguments_of_saving_and_loading(tmp_path):
     """At the values that scripts give them; refused by name at others."""
     model = ours(CASES[0])
-    model.save_pretrained(tmp_path, safe_serialization=True, push_to_hub=False, is_main_process=True, max_shard_size=None)
+    model.save_pretrained(tmp_path, safe_serialization=True, push_to_hub=False, is_main_process=True, max_shard_size="50GB")
     usual = dict(attn_implementation=None, proxies={}, disable_mmap=False, key_mapping={}, _fast_init=True, device="cpu")
     assert torch.equal(type(model).from_pretrained(tmp_path, **usual).lm_head.weight, model.lm_head.weight)
     for call, name, value in ((model.save_pretrained, "safe_serialization", False), (model.save_pretrained, "max_shard_size", "5GB"),
@@ -176,5 +178,42 @@ def test_resize_token_embeddings(case, size, multiple, expected, tmp_path):
                            model(highest).logits)
     with pytest.raises(ValueError, match=f"0 to {expected - 1}"):
         model(torch.full_like(ids, expected))
-    with pytest.raises(ValueError, match="at least 1 token"):
-        model.resize_token_embeddings(0)
+    for how, words in (({"new_num_tokens": 0}, "at least 1, got 0"), ({"new_num_tokens": "120"}, "at least 1, got '120'"),
+                       ({"new_num_tokens": 1e2}, "got 100.0"), ({"new_num_tokens": 120, "mean_resizing": False}, "mean_resizing=False")):
+        with pytest.raises(ValueError, match=words):
+            model.resize_token_embeddings(**how)
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == expected
+    model.resize_token_embeddings(numpy.int64(60), mean_resizing=True)
+    assert model.config.vocab_size == 60 and type(model.config.vocab_size) is int
+
+
+@every_case
+def test_embedding_and_head_are_replaced(case):
+    """As in transformers, setting one does not tie it to the other."""
+    logits = []
+    for model in (ours(case), reference(case)):
+        embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+        for layer, set_layer in ((embed, model.set_input_embeddings), (head, model.set_output_embeddings)):
+            layer = copy.deepcopy(layer)
+            layer.weight.data *= 1.5
+            set_layer(layer)
+        assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+        logits.append(model(case.ids).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="has no layer for next-token logits"):
+        ours(case).transformer.set_output_embeddings(torch.nn.Linear(1, 1))
+
+
+@every_case
+def test_arguments_that_are_no_tensors(case):
+    """Named in one line, where transformers says that a list has no attribute 'shape'."""
+    model, ids = ours(case), case.ids
+    for how in (dict(input_ids=ids.tolist()), dict(attention_mask=torch.ones_like(ids).tolist()), dict(labels=ids.tolist()),
+                dict(position_ids=[[0]])):
+        with pytest.raises(ValueError, match=f"^{[*how][0]} must be a tensor, got list$"):
+            model(**{"input_ids": ids} | how)
+    with pytest.raises(ValueError, match="^attention_mask must be a tensor, got list$"):
+        model.generate(ids, attention_mask=torch.ones_like(ids).tolist())
+    if case.family == "gpt_neo":
+        with pytest.raises(ValueError, match="position_ids must be int64 or int32 .*got torch.float32"):
+            model(ids, position_ids=torch.zeros(ids.shape))

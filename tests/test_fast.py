@@ -4,6 +4,7 @@ The sizes from which slices are taken are patched down, so that tiny tensors tak
 """
 
 import copy
+import dataclasses
 from threading import Event, Thread
 
 import pytest
@@ -225,6 +226,42 @@ def test_a_model_in_slices_is_exported_and_compiled(family, monkeypatch):
         exported = torch.export.export(model, (IDS,)).module()(IDS).logits
         whole = torch.compile(model, fullgraph=True, backend="aot_eager")(IDS).logits
     assert relative(exported, expected) < 1e-12 and relative(whole, expected) < 1e-12
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_one_exported_graph_serves_every_length(family, padded):
+    """Shorter than the window, and longer than the blocks of sdpa, which a fixed graph could not count."""
+    torch.compiler.reset()
+    model = CAUSAL[family](dataclasses.replace(CONFIGS[family], max_position_embeddings=150)).eval().double()
+    axes = {0: torch.export.Dim("B", min=1, max=8), 1: torch.export.Dim("T", min=2, max=150)}
+
+    def inputs(T, B=3):
+        ids = torch.randint(1, 31, (B, T), generator=torch.Generator().manual_seed(T))
+        mask = torch.ones_like(ids)
+        mask[0, :T // 3] = 0
+        return dict(input_ids=ids, attention_mask=mask) if padded else dict(input_ids=ids)
+
+    program = torch.export.export(model, (), inputs(9), dynamic_shapes=dict.fromkeys(inputs(9), axes)).module()
+    for T in (2, 3, 64, 65, 150):
+        real = inputs(T).get("attention_mask", torch.ones(3, T)).bool()
+        assert relative(program(**inputs(T)).logits[real], model(**inputs(T)).logits[real]) < 1e-12
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_compiled_function_of_torch_func(window):
+    """grad of what wants a gradient itself is differentiated twice, which a fused kernel cannot be."""
+    torch.compiler.reset()
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q.requires_grad_()
+
+    def gradient(q):
+        return grad(lambda q: attention(q, k, v, scale=0.5, window=window, backend="sdpa").square().sum())(q)
+
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)(q)
+    assert relative(compiled, gradient(q)) < 1e-12
+    second = [torch.autograd.grad((g * k).sum(), q)[0] for g in (compiled, gradient(q))]
+    assert relative(*second) < 1e-12
 
 
 # --- one new token ----------------------------------------------------------------------------------

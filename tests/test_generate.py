@@ -48,6 +48,7 @@ SETTINGS = [
          repetition_penalty=1.3),
     dict(do_sample=True, max_new_tokens=50, num_return_sequences=3, eos_token_id=[5, 6, 7]),
     dict(do_sample=True, max_new_tokens=50, top_p=0.3, eos_token_id=5, pad_token_id=3),
+    dict(do_sample=True, max_new_tokens=20, temperature=None, top_k=None, top_p=None),            # None: off
 ]
 
 
@@ -362,6 +363,18 @@ def test_padding_on_the_right_warns(pair, last, mask, rows, warns):
         warnings.simplefilter("always")
         pair[1].generate(ids, mask, pad_token_id=3, eos_token_id=5, max_new_tokens=1)
     assert any("ends in padding" in str(w.message) for w in caught) == warns
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_follows_padding_on_the_right_is_the_references(pair):
+    """Wrong as a text, but the same: both go on from position 0, which the padding has."""
+    ids = torch.randint(1, 97, (3, 11), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, 6:], mask[1, 9:] = 0, 0
+    theirs, mine = pair[0], ours(long_case(pair[0].config.model_type))      # naive: these rows are the definition's alone
+    expected, found = (model.generate(ids, attention_mask=mask, pad_token_id=1, eos_token_id=None, max_new_tokens=20)
+                       for model in (theirs, mine))
+    assert torch.equal(found, expected)
 
 
 def test_inputs_is_another_name(pair):

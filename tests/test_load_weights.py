@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.prune
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -390,6 +391,26 @@ def test_auto_of_mixed_files_is_one_dtype(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_a_dtype_of_the_config_that_is_none(field, tmp_path):
+    """Only "auto" reads it, and then the message names the file and the field, not the caller's argument."""
+    config, tensors = parts("gpt_neo")
+    config = {name: value for name, value in config.items() if name != "dtype"} | {field: "int8"}
+    write(tmp_path, config, tensors)
+    assert load(tmp_path, "gpt_neo").dtype == torch.float32
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: config field '{field}' must be float32, .*got 'int8'$"):
+        load(tmp_path, "gpt_neo", dtype="auto")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loading_in_inference_mode(family):
+    """The weights are ordinary ones, which can be trained outside of it."""
+    with torch.inference_mode():
+        model = load(saved(family), family)
+    model(IDS, labels=IDS).loss.backward()
+    assert torch.equal(model(IDS).logits, expected(family))
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -534,6 +555,32 @@ def test_generation_config_is_kept(tmp_path):
     model.save_pretrained(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == stored
     assert load(tmp_path / "copy", "gpt_neox").generation_config == stored
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_own_generation_config_is_saved(family, tmp_path):
+    """model.generation_config = GenerationConfig(...) is usual; what is not at its default is written."""
+    for folder, model in (("ours", load(saved(family), family)), ("theirs", THEIRS[family].from_pretrained(saved(family)))):
+        model.generation_config = transformers.GenerationConfig(max_new_tokens=5, eos_token_id=[3, 4], pad_token_id=0)
+        model.save_pretrained(tmp_path / folder)
+    files = [json.loads((tmp_path / folder / "generation_config.json").read_text()) for folder in ("ours", "theirs")]
+    assert files[0] == files[1] and load(tmp_path / "ours", family).generation_config.to_dict() == files[1]
+
+
+ADDED = {"weight_orig": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+         "parametrizations.weight.original0": torch.nn.utils.parametrizations.weight_norm,
+         "mine": lambda layer: layer.register_buffer("mine", torch.ones(1))}
+
+
+@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize("base", [False, True])
+def test_what_the_official_format_has_no_name_for_is_not_saved(name, base, tmp_path):
+    """In one line that names the tensor; transformers writes it, and then neither reads the folder again."""
+    model = load(saved("gpt_neox", base), "gpt_neox", base)
+    ADDED[name]((model if base else model.transformer).blocks[1].mlp.up_proj)
+    with pytest.raises(ValueError, match=rf"no tensor for transformer.blocks.1.mlp.up_proj.{name}: take out .*remove") as caught:
+        model.save_pretrained(tmp_path)
+    assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
 
 
 def test_a_head_that_was_untied_by_hand_is_not_dropped(tmp_path):

@@ -228,6 +228,10 @@ def test_bad_labels_and_arguments():
             (lambda: sequence(ids, labels=torch.tensor([0.0, 1.0, 1.0])), r"shape \(3, 3\) of the logits"),
             (lambda: token(ids, labels=torch.tensor([0, 1, 2])), r"\(batch, tokens\) = \(3, 24\)"),
             (lambda: answer(ids, start_positions=torch.tensor([1]), end_positions=torch.tensor([1])), "one index for each of 3"),
+            (lambda: sequence(ids, labels=torch.ones(3, 3) > 0), r"must be 0.0 and 1.0 \(.float\(\) .*got torch.bool"),
+            (lambda: sequence(ids, labels=[0, 1, 2]), "^labels must be a tensor, got list"),
+            (lambda: token(ids, labels=ids.tolist()), "^labels must be a tensor, got list"),
+            (lambda: answer(ids, start_positions=[1, 1, 1], end_positions=[1, 1, 1]), "^start_positions must be a tensor"),
             (lambda: ours(case, TASKS[0], saved(case), labels=3), "takes no labels"),
             (lambda: ours(case, TASKS[0], head_folder(case, TASKS[0]), num_labels=5), r"score.weight has shape \(3, .*expected \(5")]:
         with pytest.raises(ValueError, match=words):

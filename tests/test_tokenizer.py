@@ -481,6 +481,7 @@ def test_accepted_merges_merge_alike(merges, words):
     (lambda t: setattr(t, "pad_token", "[PAD]"), ValueError, r"cannot be '\[PAD\]'"),
     (lambda t: setattr(t, "pad_token_id", 60000), ValueError, "cannot be 'id 60000'"),
     (lambda t: setattr(t, "padding_side", "top"), ValueError, "'top'"),
+    (lambda t: t.add_special_tokens(["<x>"]), TypeError, "a dict such as .*not a list: add_tokens"),
 ])
 def test_bad_calls(pairs, call, error, words):
     with pytest.raises(error, match=words) as caught:

@@ -220,6 +220,7 @@ def plain(result):
     lambda t: plain(t(["hello", "a"], return_tensors="np", padding=True, pad_to_multiple_of=4)),
     lambda t: plain(t.pad({"input_ids": [[1, 2], [3]]}, return_tensors="pt")),
     lambda t: plain(t.pad([{"input_ids": [1, 2]}, {"input_ids": [3]}], padding="max_length", max_length=5)),
+    lambda t: plain(t(["hello", "a"], padding="longest", return_tensors=transformers.TensorType.PYTORCH)),
     lambda t: plain(t(["a b c d", "a"], truncation=True, max_length=2)), lambda t: t.decode(END, skip_special_tokens=True),
     lambda t: t.batch_decode([[1, 2], [3]]), lambda t: t.batch_decode([1, 2]), lambda t: t.batch_decode(torch.tensor([1, 2])),
     lambda t: t.batch_decode([]), lambda t: t.batch_decode([torch.tensor([1, 2]), torch.tensor([3])]), lambda t: plain(t("hello", "world", return_token_type_ids=True)),
