@@ -28,8 +28,10 @@ from originals.flax import read_flax, write_flax
 from originals.neox import SUMMANDS, cut, joined
 from originals.tensorflow import by_bits, crc32c, read_index
 
-SHARED = ROOT.parent / "shared" / "originals"              # files of real writers; not part of the project
-only_where_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="files of 250 KB that are not part of the project")
+# Small random checkpoints, 1 MB, that EleutherAI's Mesh-TensorFlow code and transformers 4.57.6's Flax classes wrote,
+# with the logits that these programs gave; too large to be part of the project.
+SHARED = ROOT.parent / "shared" / "originals"
+only_where_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs checkpoints that the original programs wrote")
 SIZES = {"gpt_neo": dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=3),
          "gpt_neox": dict(num_hidden_layers=2, num_attention_heads=4, rotary_pct=0.5, rotary_emb_base=500.0)}
 
