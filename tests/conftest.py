@@ -31,6 +31,11 @@ def pytest_configure(config):
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
+def pytest_collection_modifyitems(items):
+    """What loads torch's compiler comes first, and so into one worker: it takes longest, and loading takes seconds."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_decode.py") and "compiled_decoding" not in item.name)
+
+
 def pytest_collection_finish():
     """What was imported stays: looking through all of it again and again for garbage took a twentieth of the time."""
     gc.freeze()

@@ -57,7 +57,7 @@ CONTROLS = [                                               # the settings that l
     dict(min_length=200, min_new_tokens=3, eos_token_id=[*range(60)]), dict(no_repeat_ngram_size=1, eos_token_id=None),
     dict(no_repeat_ngram_size=2, eos_token_id=5), dict(no_repeat_ngram_size=3, repetition_penalty=0.7),
     dict(bad_words_ids=[[i] for i in range(0, 60, 3)] + [[5]], eos_token_id=5),
-    dict(bad_words_ids=[[i, j] for i in range(0, 97, 4) for j in range(0, 97, 3)] + [[1, 2, 3]]),
+    dict(bad_words_ids=[[i, j] for i in range(0, 97, 8) for j in range(0, 97, 3)] + [[1, 2, 3]]),
     dict(suppress_tokens=[*range(0, 90, 2), 3000], eos_token_id=[2, 3]), dict(suppress_tokens=()),
     dict(begin_suppress_tokens=[*range(0, 80)]), dict(min_p=0.2), dict(min_p=0.05, top_k=0, temperature=2.0), dict(min_p=1.0),
     dict(min_p=0.3, top_p=0.8, top_k=9, temperature=0.7, repetition_penalty=1.3, no_repeat_ngram_size=2,
