@@ -180,25 +180,30 @@ def check_inputs(input_ids, position_ids, config, past=0, inputs_embeds=None):
     if limit is not None and past + T > limit:
         raise ValueError(f"{past + T} tokens ({past} cached + {T} new) are more than the "
                          f"{limit} positions that this model has learned")
-    if position_ids is not None:
-        check_tensor("position_ids", position_ids)
-        if position_ids.shape not in ((B, T), (1, T)):
-            raise ValueError(f"position_ids must have shape {(B, T)}, got "
-                             f"{tuple(position_ids.shape)}")
     if input_ids is not None:
         low, high = value_range(input_ids, (0, 0))
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids range from {low} to {high}; this model's vocabulary has "
                              f"ids 0 to {vocab_size - 1}")
-    if position_ids is not None and limit is not None:
-        if position_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError("position_ids must be int64 or int32 (.long() makes them so), got "
-                             f"{position_ids.dtype}")
-        low, high = value_range(position_ids, (0, 0))
-        if low < 0 or high >= limit:
-            raise ValueError(f"position_ids range from {low} to {high}; this model has positions "
-                             f"0 to {limit - 1}")
+    if position_ids is not None:
+        check_positions(position_ids, B, T, limit)
     return B, T
+
+
+def check_positions(position_ids, B, T, limit):
+    """Raise ValueError for position_ids that do not fit (B, T) tokens or the model's positions."""
+    check_tensor("position_ids", position_ids)
+    if position_ids.shape not in ((B, T), (1, T)):
+        raise ValueError(f"position_ids must have shape {(B, T)}, got {tuple(position_ids.shape)}")
+    if limit is None:                                      # rotation takes any number
+        return
+    if position_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError("position_ids must be int64 or int32 (.long() makes them so), got "
+                         f"{position_ids.dtype}")
+    low, high = value_range(position_ids, (0, 0))
+    if low < 0 or high >= limit:
+        raise ValueError(f"position_ids range from {low} to {high}; this model has positions "
+                         f"0 to {limit - 1}")
 
 
 def check_tensor(name, value):

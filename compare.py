@@ -253,7 +253,8 @@ def default_tolerance(dtype, float32=1e-5):
 def tolerances(dtype, same_order):
     """(limit for the rows, limit for the gradients).
 
-    None asks for the same bits, of two models that compute in the same order of operations.
+    None asks for the same bits, of two models that compute in the same order of operations.  (In
+    float64 the reference still computes its scores in float32.)
     """
     if same_order:
         return None, default_tolerance(dtype, 1e-6)
@@ -345,10 +346,8 @@ def make_report(name, *, revision=None, dtype="float32", backend="naive", theirs
         model, reference = load_transformers(name, revision, dtype)
         xs, (references, their_gradients) = ours, run(model, inputs, table, with_gradients)
 
-    limits = (tolerance, tolerance)
-    if tolerance is None:
-        same_order = backend == "naive" and not theirs and dtype != torch.float64
-        limits = tolerances(dtype, same_order)             # the reference has scores in float32
+    same_order = backend == "naive" and not theirs and dtype != torch.float64
+    limits = tolerances(dtype, same_order) if tolerance is None else (tolerance, tolerance)
     report = {"model": name, "revision": revision, "layers": config.num_hidden_layers,
               "window": window_of(config), "dtype": str(dtype).removeprefix("torch."),
               "backend": backend, "reference": reference, "torch": torch.__version__,
@@ -546,7 +545,16 @@ def arguments(argv=None):
     parser = Parser(
         description="Compare every layer of a checkpoint with transformers' eager attention, or "
                     "with what a port saved. Exit status: 0 the same, 1 different, 2 bad input.")
-    add = parser.add_argument
+    add_options(parser.add_argument)
+    args = parser.parse_args(argv)
+    try:
+        check(args, parser)
+    except ValueError as error:
+        parser.error(one_line(error))
+    return args
+
+
+def add_options(add):
     add("model", nargs="?", type=a_name, help="the checkpoint: a folder or a hub id")
     add("--revision", type=a_name, metavar="NAME", help="branch, tag or commit on the hub")
     add("--dtype", type=a_name, default="float32", metavar="NAME",
@@ -580,12 +588,6 @@ def arguments(argv=None):
         help="also draw the relative difference by layer")
     add("--markdown", action="store_true",
         help="also print the result as a row of a Markdown table, on standard output")
-    args = parser.parse_args(argv)
-    try:
-        check(args, parser)
-    except ValueError as error:
-        parser.error(one_line(error))
-    return args
 
 
 # Options that choose what is done, and the others that it uses.  The first that is given decides.

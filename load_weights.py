@@ -249,12 +249,8 @@ def load_pretrained(cls, name_or_folder, *, revision=None, torch_dtype=None, dty
         paths = [fetch(name_or_folder, quantize.FILE, revision, **hub)]
     else:
         paths = weight_files(name_or_folder, revision, use_safetensors, names, **hub)
-    if shared and stored:
-        raise ValueError(f"{name_or_folder} is stored as {weights}, which cannot be shared among "
-                         "processes: take the checkpoint that it was made from, with "
-                         f"weights={weights!r}")
     if shared:
-        check_parts(config)
+        check_sharing(name_or_folder, config, weights if stored else None)
 
     with torch.inference_mode(False):          # tensors of inference mode could not be trained
         with torch.device("meta"), NoInit():
@@ -282,6 +278,15 @@ def take_sharing(changes):
     if shared:
         check_connected()
     return shared
+
+
+def check_sharing(name_or_folder, config, stored_as):
+    """Raise ValueError for a model that cannot be shared among the processes."""
+    if stored_as:
+        raise ValueError(f"{name_or_folder} is stored as {stored_as}, which cannot be shared among "
+                         "processes: take the checkpoint that it was made from, with "
+                         f"weights={stored_as!r}")
+    check_parts(config)
 
 
 def make_config(cls, name_or_folder, raw):
