@@ -65,7 +65,7 @@ def spelled(names):
 
 
 def check_outputs(outputs, read=()):
-    """Raise ValueError, before any work is done, where a file cannot be written at its end.
+    """Raise ValueError, before any work is done, if a file cannot be written in the end.
 
     outputs: {option: path, or None}; read: names of files and folders that the command reads.
     """
@@ -85,7 +85,7 @@ def unwritable(path):
     """Why no file can be written at this path, in words, or None."""
     place, shown_path = Path(os.path.realpath(path)), plain(path)
     if path == "-":
-        return "standard output is not for this: name a file to write"
+        return "this cannot be written to standard output: name a file"
     if place.is_dir() or path.endswith(os.sep):
         return f"{shown_path} is a folder: name a file to write"
     if not place.parent.is_dir():
@@ -189,9 +189,9 @@ def not_a_command(instead):
 
 
 def as_command(main):
-    """Decorator of main(argv), which returns the exit status: what all commands do alike.
+    """Decorator of main(argv), which returns the exit status: what all commands do in the same way.
 
-    An error that is made for people becomes one line, and the status is 2; Ctrl-C makes it 130.
+    An error that a user can cause becomes one line, and the status is 2; Ctrl-C makes it 130.
     All that is printed is written out before the command ends, and characters that the output's
     encoding lacks are replaced, with a message.  If the reader has gone, as with | head, there is
     no message, and the status is that of main, or 0 where main had not ended.
@@ -223,7 +223,7 @@ def as_command(main):
 def what_failed(error, smaller="take a smaller model, text or batch, or a larger machine"):
     """An exception in one line for people; raises those that only a mistake in the code causes.
 
-    smaller: the advice where memory has ended.
+    smaller: the advice for a user whose machine has too little memory.
     """
     no_room = re.search("out of memory|allocate memory", str(error))
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and no_room:
@@ -231,7 +231,7 @@ def what_failed(error, smaller="take a smaller model, text or batch, or a larger
     if isinstance(error, OSError) and error.errno and error.filename is None:
         return f"standard output: {error.strerror}"
     if isinstance(error, RuntimeError):
-        return error_line(error)                           # torch's go on over many lines
+        return error_line(error)                           # torch's messages have many lines
     if isinstance(error, ValueError) and "\n  " in str(error):
         return str(error)                                  # a list of tensors, one on each line
     if isinstance(error, (ValueError, OSError, ImportError)):

@@ -184,7 +184,7 @@ def patches_of(model, mistake):
 def unknown_mistake(mistake, known=BY_ID, where=""):
     """The message for a mistake that does not exist."""
     near = difflib.get_close_matches(mistake, known, n=3, cutoff=0.4) or [*known][:3]
-    return (f"there is no mistake {shown(mistake)}{where}; near it are {', '.join(near)}, and "
+    return (f"there is no mistake {shown(mistake)}{where}; similar are {', '.join(near)}, and "
             "python mistakes.py prints all of them")
 
 

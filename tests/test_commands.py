@@ -174,7 +174,7 @@ OUTPUTS = [("compare", ["gpt_neo"], "--json"), ("compare", ["gpt_neo"], "--plot"
 @pytest.mark.parametrize("path, says", [
     ("folder", "is a folder"), ("new/", "is a folder"), (".", "is a folder"), ("nowhere/x.png", "no folder nowhere"),
     ("file/x.png", "no folder file"), ("loop", "symbolic links"), ("lost", "no folder"), ("/proc/x.png", "No such file"),
-    ("-", "standard output is not for this"), ("x" * 250 + ".png", "too long|File name too long")])
+    ("-", "this cannot be written to standard output"), ("x" * 250 + ".png", "too long|File name too long")])
 def test_a_file_that_cannot_be_written_is_found_first(command, others, option, path, says, here, capsys, monkeypatch):
     no_work(monkeypatch)
     monkeypatch.setattr(compare, "check_vectors", pytest.fail)

@@ -78,7 +78,7 @@ def test_every_mistake_can_be_looked_at(name):
 
 @pytest.mark.parametrize("options, words", [
     (dict(text=""), "the text has 0 tokens"), (dict(text="a " * 600), "can show 1 to 512"),
-    (dict(mistake="no-such"), "no mistake 'no-such'; near it are no-scale"),
+    (dict(mistake="no-such"), "no mistake 'no-such'; similar are no-scale"),
     (dict(mistake="rotary-base"), "no mistake 'rotary-base' in gpt_neo"),
     (dict(mistake="scaled-scores", other=DEMOS["demo-neo"]), "give one"),
     (dict(other=DEMOS["demo-neox"]), "different tokens"), (dict(model="no/such/folder"), "no/such/folder")])
