@@ -359,7 +359,7 @@ def losses_of_training(folder, name, device, *options, sizes, stop_after=None):
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            status = train.main(argv)
+            status = train.main.__wrapped__(argv)    # a missing package is an ImportError here
     finally:
         hook.remove()
         signal.signal(signal.SIGINT, before)

@@ -30,7 +30,7 @@ CACHE_MISTAKES = {
     "sdpa block one key short": ("attention.py", "rows.size(-2) - window + 1)", "rows.size(-2) - window + 2)"),
 }
 GENERATE_MISTAKES = {
-    "positions count the padding": ("sampling.py", "(mask.cumsum(-1) - 1).clamp(min=0)",
+    "positions count the padding": ("sampling.py", "(mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)",
                                     "torch.arange(mask.size(1)).expand(mask.shape)"),
     "padding is read": ("sampling.py", "prefill(self.model, new, self.mask, self",
                         "prefill(self.model, new, torch.ones_like(self.mask), self"),
@@ -66,6 +66,8 @@ def changed_copy(tmp_path, monkeypatch):
     """changed_copy(file, old, new) -> our modules, imported from a copy in which `old` reads `new`."""
     def plant(file, old, new):
         (tmp_path / "fast").mkdir()
+        for name in MODULES:                                 # all, before a line that fits nowhere ends this
+            monkeypatch.delitem(sys.modules, name, raising=False)
         for name in MODULES:
             path = "fast/__init__.py" if name == "fast" else name.replace(".", "/") + ".py"
             source = re.sub(r" +#", "  #", (ROOT / path).read_text())       # comments stand in no column
@@ -74,7 +76,6 @@ def changed_copy(tmp_path, monkeypatch):
                 source = source.replace(old, new)
             source = source.replace('"window_attention::', '"planted_attention::')     # operators have one name
             (tmp_path / path).write_text(source)
-            monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.syspath_prepend(tmp_path)
         importlib.invalidate_caches()
         modules = {name: importlib.import_module(name) for name in MODULES}
