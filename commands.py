@@ -212,8 +212,9 @@ def as_command(main):
             else:
                 with contextlib.suppress(OSError):
                     flush_output()
-                print(f"error: {what_failed(error)}", file=sys.stderr)
-                status = 2
+                text, status = what_failed(error), 2
+                with contextlib.suppress(OSError):         # a full disk: the status still says it
+                    print(f"error: {text}", file=sys.stderr)
         finally:
             say_what_was_replaced(replaced)
         return status

@@ -678,7 +678,8 @@ def only_ours(args):
     """What --ids and --save-ours do."""
     config = config_of(args.model, args.revision)
     longest = (args.lengths or default_lengths(config))[-1]
-    check_room(config, args.batch, [longest])
+    if args.save_ours:
+        check_room(config, args.batch, [longest])
     ids = make_ids(args.seed, args.batch, longest, config.vocab_size)
     if args.ids:
         print(json.dumps(ids.tolist()))

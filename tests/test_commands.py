@@ -280,6 +280,17 @@ def test_how_a_command_ends(error, status, says, capsys):
     assert err.startswith(says) and err.count("\n") <= 1 and bool(err) == bool(says)
 
 
+def test_an_error_that_cannot_be_written_still_has_its_status(monkeypatch, here):
+    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w", buffering=1))
+    assert compare.main(["nowhere"]) == 2
+
+
+def test_only_the_work_that_is_done_needs_memory(here, capsys):
+    """To print ids takes no attention."""
+    assert compare.main(["gpt_neox", "--ids", "--lengths", "200000"]) == 0
+    assert capsys.readouterr().out.count(",") == 199_999
+
+
 def test_a_mistake_in_the_code_is_shown_whole():
     with pytest.raises(TypeError):
         commands.as_command(lambda argv: 1 + "")()
