@@ -100,7 +100,7 @@ def test_what_cannot_be_a_name(command, option, others, here, capsys, monkeypatc
 @pytest.mark.parametrize("word", ["x" * 5000, "/".join(["folder", *["y" * 200] * 4]), "9" * 400])
 def test_long_words_do_not_flood_a_line(word):
     """The end, which says what to do, is still there."""
-    error = ValueError(f"{word} is not {word}: take another")
+    error = ValueError(f"{word} and {word} are not {word}: take another")
     text = commands.what_failed(error)
     assert len(text) < 280 and text.startswith(word[:60]) and text.endswith(": take another") and "…" in text
     assert commands.what_failed(OSError(errno.ENOENT, "No such file", "a\nb")) == "a\\nb: No such file"
