@@ -123,13 +123,18 @@ class LlamaCpp:
 
 
 class LlamaServer:
-    """llama.cpp with weights of the kind "Q8_0" or "Q4_0", by its server in this process."""
+    """llama.cpp with weights of the kind "Q8_0" or "Q4_0", by its server in this process.
+
+    Its flash attention is turned off.  Left to itself it is on, and then a token at context 1900
+    takes two and a half times as long on a processor.
+    """
 
     def __init__(self, folder, kind):
         import xllamacpp
         write_gguf(folder, f"{folder}/{kind}.gguf", kind)
         how = xllamacpp.CommonParams()
         how.model.path, how.verbosity, how.warmup = f"{folder}/{kind}.gguf", 0, False
+        how.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         how.n_ctx, how.n_parallel, how.n_batch, how.n_ubatch = 2100, 1, 2048, 512
         how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
         self.server = xllamacpp.Server(how)
