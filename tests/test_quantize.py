@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -463,6 +465,18 @@ def test_the_command_bits(capsys, monkeypatch, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())["bits"]["5"]
     assert [*found] == ["int8", "int4", "Q8_0", "Q4_0"] and found["int4"][0] < 1 == found["Q4_0"][0]
     assert "llama.cpp's Q4_0 1.0, ratio" in capsys.readouterr().out
+
+
+def test_llama_cpp_runs_as_fast_as_it_can(monkeypatch):
+    """Without its flash attention, and with as many threads as we have.  A stand-in: the package is optional."""
+    some, off = types.SimpleNamespace, object()
+    stand_in = some(CommonParams=lambda: some(model=some(), cpuparams=some(), cpuparams_batch=some()), Server=lambda how: how,
+                    llama_flash_attn_type=some(LLAMA_FLASH_ATTN_TYPE_DISABLED=off))
+    monkeypatch.setitem(sys.modules, "xllamacpp", stand_in)
+    monkeypatch.setattr(llama_cpp, "write_gguf", lambda *given: None)
+    how = llama_cpp.LlamaServer("folder", "Q4_0").server
+    assert how.flash_attn_type is off and how.model.path == "folder/Q4_0.gguf"
+    assert how.cpuparams.n_threads == how.cpuparams_batch.n_threads == torch.get_num_threads()
 
 
 def test_the_command_accuracy(capsys, monkeypatch, tmp_path):
