@@ -241,6 +241,15 @@ def test_a_model_is_the_naive_one_of_its_dequantized_weights(kind, family, seed)
         assert relative(model(IDS).logits, whole(IDS).logits) < 1e-5
 
 
+@KINDS
+@FAMILIES
+def test_shapes_on_the_meta_device(kind, family):
+    """As an unquantized model gives them; torch cannot say there whether autocast is on."""
+    ids = torch.ones(2, 5, dtype=torch.long, device="meta")
+    model = model_of(family, kind)
+    assert model.to("meta")(ids).logits.shape == (2, 5, model.config.vocab_size)
+
+
 @FAMILIES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_models_in_half_precision(family, dtype):
