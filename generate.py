@@ -56,8 +56,6 @@ DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoints", "
 # generation_config.json or, if it is not there either, is the default in the help.
 SETTINGS = ("max_new_tokens", "temperature", "greedy", "top_k", "top_p", "min_p",
             "repetition_penalty", "no_repeat_ngram_size")
-# Those that greedy decoding does not use, with the values that ask for nothing.
-SAMPLING = dict(temperature=0, top_k=0, top_p=1, min_p=0)
 GENERATION = (*SETTINGS, "seed", "num_samples", "stop", "compile", "interactive")
 
 
@@ -100,7 +98,9 @@ def add_generation_options(add):
         help="above 1, make tokens that are already in the text less likely (default 1, off)")
     add("--no-repeat-ngram-size", type=int, metavar="N",
         help="never write the same N tokens in a row twice (default 0, off)")
-    add("--greedy", action="store_true", help="greedy decoding: always take the likeliest token")
+    add("--greedy", action="store_true",
+        help="greedy decoding: always take the likeliest token, which temperature, top-k, top-p and "
+             "min-p do not change")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--num-samples", type=int, default=1, metavar="N",
         help="how many texts to generate (default 1); an empty line stands between them")
@@ -141,10 +141,6 @@ def what_is_wrong(args, parser):
         return "--score and --top exclude each other"
     if instead and (unused := [name for name in GENERATION if name in names]):
         return f"{instead[0]} writes no text, so it takes no {spelled(unused)}"
-    greedy = "--greedy" if args.greedy else "--temperature 0" if args.temperature == 0 else None
-    if greedy and (unused := [name for name, off in SAMPLING.items()
-                              if getattr(args, name) not in (None, off)]):
-        return f"{greedy} draws nothing at random, so it takes no {spelled(unused)}"
     if args.score is not None and args.prompt is not None:
         return "--score reads its text from FILE, so it takes no prompt"
     if args.stride is not None and args.score is None:

@@ -137,15 +137,23 @@ def test_modes_of_compare_refuse_what_they_do_not_use(here, capsys, monkeypatch)
         assert "give a model, or" in refused(capsys, "compare", *argv)
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--greedy", "--top-k", "5"], "takes no --top-k"), (["--greedy", "--temperature", "0.7"], "takes no --temperature"),
-    (["--temperature", "0", "--top-p", "0.5", "--min-p", "0.1"], "takes no --top-p, --min-p"),
-    (["--temperature", "1e-300"], "must be in 1e-30"), (["--repetition-penalty", "1e300"], "must be in 1e-30")])
-def test_greedy_decoding_takes_no_sampling(argv, says, here, capsys, monkeypatch):
+@pytest.mark.parametrize("option", [["--temperature", "1e-300"], ["--repetition-penalty", "1e300"]])
+def test_numbers_that_float32_does_not_have(option, here, capsys, monkeypatch):
     no_work(monkeypatch)
-    assert says in refused(capsys, "generate", "hi", *argv)
-    neutral = ["--top-k", "0", "--top-p", "1", "--min-p", "0", "--temperature", "0", "--seed", "3"]
-    assert generate.arguments(["hi", "--greedy", *neutral]).seed == 3
+    assert "must be in 1e-30" in refused(capsys, "generate", "hi", *option)
+
+
+@pytest.mark.parametrize("options", [["--top-k", "5"], ["--temperature", "0.7"], ["--top-p", "0.5", "--min-p", "0.1"]])
+def test_the_likeliest_token_is_the_same_whatever_else_is_asked(options, capsys):
+    """What filters and temperature leave is always the likeliest token: nothing that is asked for is passed over."""
+    texts = []
+    for more in ([], options):
+        assert generate.main(["HAMLET.", "--greedy", "--max-new-tokens", "6", *more]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    if "--temperature" not in options:
+        assert generate.main(["HAMLET.", "--temperature", "0", "--max-new-tokens", "6", *options]) == 0
+        assert capsys.readouterr().out == texts[0]
 
 
 @pytest.mark.parametrize("argv, says", [
