@@ -99,8 +99,8 @@ def add_generation_options(add):
     add("--no-repeat-ngram-size", type=int, metavar="N",
         help="never write the same N tokens in a row twice (default 0, off)")
     add("--greedy", action="store_true",
-        help="greedy decoding: always take the likeliest token, which temperature, top-k, top-p and "
-             "min-p do not change")
+        help="greedy decoding: always take the likeliest token, which temperature, top-k, top-p "
+             "and min-p do not change")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--num-samples", type=int, default=1, metavar="N",
         help="how many texts to generate (default 1); an empty line stands between them")
