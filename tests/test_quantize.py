@@ -449,8 +449,7 @@ def test_the_command_20b_prints_its_figures_as_they_come(layers, tiny_20b, capsy
 
 def test_what_was_found_is_printed_before_it_is_interrupted(tiny_20b, capsys, monkeypatch):
     monkeypatch.setattr(twenty, "generate", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        benchmark.main(["20b"])
+    assert benchmark.main(["20b"]) == 130
     out = capsys.readouterr().out
     assert "load, seconds" in out and "bytes of a step" in out and "tokens/s" not in out
 
