@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import compare
 import generate
+from commands import what_failed
 from helpers import TINY_POSITIONS, TINY_VOCAB, good
 from load_weights import AutoModelForCausalLM
 from neo import GPTNeoForCausalLM
@@ -91,7 +92,8 @@ def refused(folder, capsys, exception, *says, lines=1):
     assert len(message.splitlines()) == lines, message
     assert generate.main(["hi", "--model", str(folder), "--max-new-tokens", "2"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"error: {message}\n")
+    said = what_failed(caught.value)                       # the same, but for the middle of a very long path
+    assert (out, err) == ("", f"error: {said}\n") and said[:60] == message[:60]
 
 
 # ------------------------------------------------------------------------------------------------
