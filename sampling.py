@@ -462,7 +462,8 @@ class Decoder:
         B = mask.size(0)
         self.model, self.mask = model, mask
         self.position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)    # padding: 0
-        self.cache = new_cache(model, B, total)
+        # A compiled step leaves one slot free: a layer whose slots are all taken is compiled anew.
+        self.cache = new_cache(model, B, total + bool(compile))
         self.step = compiled_step(model, self.cache) if compile else None
         self.B, self.rows = B, torch.arange(B, device=mask.device)     # rows: those not left out
 

@@ -18,6 +18,7 @@ torch.compile turns each block into a few loops.  `whole` prevents it from mergi
 before a matrix into the loop over the rows of the matrix, where it would be computed again for
 every row.  Blocks of the same kind share a compilation.  Lengths are dynamic, and the slots of a
 KVCache never move, so there is one compilation for a partly and one for a completely filled cache.
+`generate` leaves one slot free, so that only the rings of local layers are ever completely filled.
 """
 
 import os

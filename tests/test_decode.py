@@ -16,10 +16,11 @@ from load_weights import AutoModelForCausalLM
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 
 
-def both_ways(model, ids, mask, steps):
-    """Logits (steps, B, V) of the plain and of the compiled step, both fed the plain one's greedy ids."""
+def both_ways(model, ids, mask, steps, free=1):
+    """Logits (steps, B, V) of the plain and of the compiled step, both fed the plain one's greedy ids; so many
+    slots of the caches stay free."""
     B, T = ids.shape
-    caches = [KVCache(model.config, B, T + steps, model.dtype) for _ in range(2)]
+    caches = [KVCache(model.config, B, T + steps + free, model.dtype) for _ in range(2)]
     step, found = decode.Step(model, caches[1]), ([], [])
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     new = ids
@@ -47,13 +48,13 @@ def test_logits_of_random_models(seed, padded):
 
 
 def logits_agree(case, B):
-    """Of the plain and the compiled step, the first rows padded; 24 tokens, past the window."""
+    """Of the plain and the compiled step, the first rows padded; 24 tokens, past the window, until the cache is full."""
     model = ours(case, torch.float64, backend="sdpa").float()
     ids = torch.randint(1, 97, (B, 11), generator=torch.Generator().manual_seed(case.seed))
     mask = torch.ones_like(ids)
     if B > 1:
         mask[0, :10], mask[1, :4] = 0, 0
-    plain, compiled = both_ways(model, ids, mask, 24)
+    plain, compiled = both_ways(model, ids, mask, 24, free=0)
     assert relative(compiled, plain) < 1e-5
 
 
@@ -110,6 +111,22 @@ def test_greedy_text_is_the_same(name, rows):
     sampled = [model.generate(ids, mask, do_sample=True, max_new_tokens=30, generator=torch.Generator().manual_seed(5),
                               pad_token_id=0, compile=c) for c in (False, True)]
     assert torch.equal(*sampled)
+
+
+@pytest.mark.parametrize("name, kinds", [("demo-neo", 3), ("demo-neox", 1)])
+def test_each_kind_of_block_is_compiled_once(name, kinds, monkeypatch):
+    """GPT-Neo's are global, local and local with a full ring; no other cache is ever full."""
+    graphs = {"block": 0, "head": 0}
+    for part in graphs:
+        def count(graph, inputs, part=part):
+            graphs[part] += 1
+            return graph.forward
+        compiled = torch.compile(getattr(decode, f"{part}_forms"), fullgraph=True, backend=count)
+        monkeypatch.setattr(decode, f"compiled_{part}", compiled)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "checkpoints" / name)
+    ids = torch.randint(0, 1400, (1, 58), generator=torch.Generator().manual_seed(1))
+    assert model.generate(ids, max_new_tokens=12, compile=True, eos_token_id=None).shape == (1, 70)
+    assert graphs == {"block": kinds, "head": 1}
 
 
 def test_nothing_is_compiled_again_as_the_text_grows():
