@@ -113,7 +113,7 @@ def next_token_loss(logits, labels):
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)          # label t + 1 at place t
     targets = targets.to(logits.device, torch.long)                         # (N,) with N = B * T
     log_p = log_probability(logits.reshape(-1, logits.size(-1)), targets)   # (N, 1)
-    return F.nll_loss(log_p, targets.clamp(max=0), ignore_index=-100)       # log_p: only class 0
+    return F.nll_loss(log_p, targets.clamp(max=0), ignore_index=-100)       # log_p has one column
 
 
 @in_slices(2**20)
@@ -212,6 +212,17 @@ def check_tensor(name, value):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def at_least_one(name, value):
+    """The value of an argument as an int; ValueError unless it is a whole number, 1 or more."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number and at least 1, got {shown(value)}")
+    return number
+
+
 def check_ids(input_ids):
     """Raise ValueError unless input_ids is a batch of token ids: int64 or int32 (B, T)."""
     check_tensor("input_ids", input_ids)
@@ -240,7 +251,7 @@ def key_mask_of(attention_mask, B, S):
 # Arguments of the reference's forward that this project does not have, with the values that change
 # nothing.
 NOT_SUPPORTED = {"use_cache": (None, False), "past_key_values": (None,), "cache_position": (None,),
-           "token_type_ids": (None,), "head_mask": (None,), "num_items_in_batch": (None,)}
+                 "token_type_ids": (None,), "head_mask": (None,), "num_items_in_batch": (None,)}
 OWN_CACHE = "make a cache with attention.KVCache and pass it as cache"
 ADVICE = {"use_cache": OWN_CACHE, "past_key_values": OWN_CACHE}
 
@@ -443,13 +454,12 @@ class PreTrainedModel(nn.Module):
         below 1, for mean_resizing=False, and if the output head is quantized.
         """
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        if not hasattr(size, "__index__") or operator.index(size) < 1:
-            raise ValueError("new_num_tokens must be a whole number and at least 1, got "
-                             f"{shown(new_num_tokens)}")
+        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+        size, multiple = (at_least_one(name, value) for name, value in (
+            ("new_num_tokens", size), ("pad_to_multiple_of", multiple)))
         if not mean_resizing:
             raise ValueError("mean_resizing=False is not supported: new rows are the mean")
-        size = operator.index(size)
-        size += -size % (pad_to_multiple_of or 1)
+        size += -size % multiple
         embed, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(head, QuantizedLinear):
             raise ValueError("the output head is quantized, so it cannot get other rows: resize "

@@ -28,7 +28,7 @@ def read_bin(path, module=False):
     and for one that would take much more time or memory than its weights need.
     """
     try:
-        zipped = zipfile.is_zipfile(path)       # torch before 1.6 wrote none; that cannot be mapped
+        zipped = zipfile.is_zipfile(path)       # older files, of torch before 1.6, are not mapped
         check_size(path, zipped)
         with torch.serialization.safe_globals(NUMPY_STATE if module else []):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

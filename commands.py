@@ -15,7 +15,6 @@ import errno
 import functools
 import os
 import re
-import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -38,7 +37,10 @@ class Parser(argparse.ArgumentParser):
 
 def a_name(text):
     """The type, for argparse, of an option that names a file, a folder, a model or a device."""
-    longest = max(map(len, os.fsencode(text).split(b"/")))
+    if os.name == "nt":
+        longest = max(map(len, re.split(r"[/\\]", text)))
+    else:
+        longest = max(map(len, os.fsencode(text).split(b"/")))
     problem = ("it is empty" if not text else "no name has a zero byte" if "\0" in text else
                "it is too long" if longest > 255 or len(text) > 4000 else None)
     if problem:
@@ -86,6 +88,9 @@ def unwritable(path):
     place, shown_path = Path(os.path.realpath(path)), plain(path)
     if path == "-":
         return "this cannot be written to standard output: name a file"
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        allowed = os.access(path, os.W_OK)                 # a pipe or a device is not replaced
+        return None if allowed else f"{shown_path}: no permission to write there"
     if place.is_dir() or path.endswith(os.sep):
         return f"{shown_path} is a folder: name a file to write"
     if not place.parent.is_dir():
@@ -96,8 +101,6 @@ def unwritable(path):
             there = place.stat()
             if not os.access(place, os.W_OK):
                 return f"{shown_path}: no permission to write there"
-            if not stat.S_ISREG(there.st_mode):            # a pipe or a device is not replaced
-                return None
             if any(os.path.samestat(there, other) for other in standard_files()):
                 return f"{shown_path} is where messages are printed to: name another file"
         temporary(place.parent, place.name, "part").unlink()
@@ -116,7 +119,7 @@ def replaces(path, source):
     """Would a file at `path` replace something that is read: source itself, or a file in it?"""
     for where in (os.path.realpath, os.path.abspath):      # the hub's cache is full of links
         place, folder = where(path), where(source)
-        inside = os.path.isdir(folder) and os.path.commonpath([place, folder]) == folder
+        inside = os.path.isdir(folder) and os.path.dirname(place) == folder
         if place == folder or inside and READ.fullmatch(os.path.basename(place)):
             return True
     return False
@@ -125,7 +128,8 @@ def replaces(path, source):
 def check_folder(path):
     """Raise ValueError, before any work is done, where no folder can be made or files be added."""
     path = Path(os.path.realpath(path))
-    there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    parents = (parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    there = next(parents, path)                            # a drive of Windows may not be there
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(path)                                 # fails for a name that is too long
@@ -167,13 +171,16 @@ def say_what_was_replaced(replaced):
 
 
 def flush_output():
-    """Write out what is printed; what cannot be written is discarded, and the OSError raised."""
+    """Write out what is printed; what cannot be written is discarded, and an OSError raised."""
     try:
         if sys.stdout:
             sys.stdout.flush()
-    except OSError:
+    except BrokenPipeError:
         discard_output()
         raise
+    except OSError as error:
+        discard_output()
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def discard_output():
@@ -194,7 +201,8 @@ def as_command(main):
     An error that a user can cause becomes one line, and the status is 2; Ctrl-C makes it 130.
     All that is printed is written out before the command ends, and characters that the output's
     encoding lacks are replaced, with a message.  If the reader has gone, as with | head, there is
-    no message, and the status is that of main, or 0 where main had not ended.
+    no message, and the status is that of main, or 0 where it had not ended: a main whose work is
+    more than what it prints catches BrokenPipeError itself.
     """
     @functools.wraps(main)
     def command(argv=None):
@@ -204,7 +212,8 @@ def as_command(main):
             status = main(argv)
             flush_output()
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(file=sys.stderr)
             status = 130
         except Exception as error:
             if isinstance(error, BrokenPipeError) and error.filename is None:
@@ -216,13 +225,14 @@ def as_command(main):
                 with contextlib.suppress(OSError):         # a full disk: the status still says it
                     print(f"error: {text}", file=sys.stderr)
         finally:
-            say_what_was_replaced(replaced)
+            with contextlib.suppress(OSError):
+                say_what_was_replaced(replaced)
         return status
     return command
 
 
 def what_failed(error, smaller="take a smaller model, text or batch, or a larger machine"):
-    """An exception in one line for people; raises those that only a mistake in the code causes.
+    """An exception in one line for people; raises an exception that no user's input causes.
 
     smaller: the advice for a user whose machine has too little memory.
     """
@@ -230,8 +240,8 @@ def what_failed(error, smaller="take a smaller model, text or batch, or a larger
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and no_room:
         return f"out of memory: {smaller}"
     if isinstance(error, OSError) and error.errno and error.filename is None:
-        return f"standard output: {error.strerror}"
-    if isinstance(error, RuntimeError):
+        return f"{error.strerror} (standard output, or a file that was being written)"
+    if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
         return error_line(error)                           # torch's messages have many lines
     if isinstance(error, ValueError) and "\n  " in str(error):
         return str(error)                                  # a list of tensors, one on each line

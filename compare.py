@@ -103,22 +103,24 @@ def default_lengths(config):
     return sorted({min(T, config.max_position_embeddings) for T in lengths})
 
 
-def check_room(config, batch, lengths):
-    """Raise ValueError where what a comparison holds at once is more than this machine's memory.
+def check_room(config, batch, lengths, models=2):
+    """Raise ValueError for texts whose numbers, in float32, this machine's memory cannot hold.
 
-    That is all rows of both models, the scores of naive attention while they are computed, and the
-    logits in float64 while they are compared; the weights come on top of it.
+    These are the hidden states and logits of so many models, the scores of naive attention while
+    they are computed, and the logits in float64 while they are compared; the weights are not
+    counted.
     """
     if not hasattr(os, "sysconf"):                         # Windows
         return
-    numbers = 2 * batch * sum(lengths) * (
+    longest = max(lengths)
+    numbers = models * batch * sum(lengths) * (
         (config.num_hidden_layers + 2) * config.hidden_size + config.vocab_size)
-    numbers += 2 * batch * lengths[-1] * max(config.num_attention_heads * lengths[-1],
-                                             3 * config.vocab_size)
+    numbers += models * batch * longest * max(config.num_attention_heads * longest,
+                                              3 * config.vocab_size)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * numbers > memory:
         need = 4 * numbers / 2**30
-        raise ValueError(f"{batch} texts of {lengths[-1]} tokens need {need:.3g} GiB "
+        raise ValueError(f"{batch} texts of {longest} tokens need about {need:.3g} GiB "
                          f"of memory, and this machine has {memory / 2**30:.3g}: take a smaller "
                          "--batch or --lengths")
 
@@ -590,10 +592,11 @@ def add_options(add):
         help="also print the result as a row of a Markdown table, on standard output")
 
 
-# Options that choose what is done, and the others that it uses.  The first that is given decides.
+# For each option that chooses what is done, the options that may be given with it.  The first one
+# in this table that is given decides.
 MODES = {"vectors": (), "check_vectors": ("junit",),
          "save_ours": ("model", "revision", "dtype", "backend", "lengths", "batch", "seed", "ids"),
-         "ids": ("model", "revision", "lengths", "batch", "seed"),
+         "ids": ("model", "revision", "dtype", "backend", "lengths", "batch", "seed"),
          "theirs": ("model", "revision", "dtype", "seed", "tolerance", "json", "plot", "markdown")}
 
 
@@ -627,28 +630,29 @@ def write_report(report, json_path=None, plot_path=None, as_markdown=False):
     """Write the report as a table, as JSON, as a plot and as Markdown.
 
     JSON or Markdown for another program has standard output for itself: then the table goes to
-    standard error.
+    standard error.  Files come first, and a reader that goes away, as with | head, is no error.
     """
-    print_table(report, sys.stderr if json_path == "-" or as_markdown else sys.stdout)
-    if json_path:
-        valid = json.loads(json.dumps(report), parse_constant=str)         # JSON has no NaN
-        text = json.dumps(valid) + "\n"
-        if json_path == "-":
-            sys.stdout.write(text)
-        else:
-            write_result(json_path, text.encode())
+    valid = json.loads(json.dumps(report), parse_constant=str)             # JSON has no NaN
+    text = json.dumps(valid) + "\n"
+    if json_path not in (None, "-"):
+        write_result(json_path, text.encode())
     if plot_path:
         plot(report, plot_path)
-    if as_markdown:
-        print(markdown(report))
+    with contextlib.suppress(BrokenPipeError):
+        print_table(report, sys.stderr if json_path == "-" or as_markdown else sys.stdout)
+        if json_path == "-":
+            sys.stdout.write(text)
+        if as_markdown:
+            print(markdown(report))
 
 
 def judge_vectors(folder, answers, junit_path=None):
     """Print the table of --check-vectors.  Exit status: 0 all passed, 1 not."""
     verdicts, mistakes = check_vectors(folder, answers)
-    print(table(verdicts, mistakes))
     if junit_path:
         write_junit(verdicts, mistakes, junit_path)
+    with contextlib.suppress(BrokenPipeError):             # | head: the status still says which
+        print(table(verdicts, mistakes))
     return 0 if all(v.passed for v in verdicts) else 1
 
 
@@ -669,8 +673,7 @@ def main(argv=None):
         args.model, revision=args.revision, dtype=args.dtype, backend=args.backend,
         theirs=args.theirs, lengths=args.lengths, batch=args.batch, seed=args.seed,
         tolerance=args.tolerance, with_gradients=args.gradients)
-    with contextlib.suppress(BrokenPipeError):             # | head: the status still says which
-        write_report(report, args.json, args.plot, args.markdown)
+    write_report(report, args.json, args.plot, args.markdown)
     return 0 if report["same"] else 1
 
 
@@ -679,7 +682,7 @@ def only_ours(args):
     config = config_of(args.model, args.revision)
     longest = (args.lengths or default_lengths(config))[-1]
     if args.save_ours:
-        check_room(config, args.batch, [longest])
+        check_room(config, args.batch, [longest], models=1)
     ids = make_ids(args.seed, args.batch, longest, config.vocab_size)
     if args.ids:
         print(json.dumps(ids.tolist()))

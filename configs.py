@@ -20,7 +20,7 @@ from files import shown
 from load_weights import read_config
 
 MOST_LAYERS = 1000                  # larger models would take minutes to build
-LARGEST_SIZE = 2**28                # a matrix with two such sizes: its bytes fit into 64 bits
+LARGEST_SIZE = 2**28                # the bytes of a matrix of two such sizes fit into 64 bits
 
 
 def frozen(cls):

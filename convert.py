@@ -176,7 +176,7 @@ def config_bytes(source, vocab_size):
 
 
 def check_mixture(out, files):
-    """Raise ValueError where the folder would then hold the files of two checkpoints.
+    """Raise ValueError where the folder would hold files of two checkpoints after the conversion.
 
     Files of an earlier conversion, all of which are replaced, may be there.
     """
@@ -184,7 +184,8 @@ def check_mixture(out, files):
     weights = [name for name in there if name in WEIGHT_FILES
                or name.endswith((".safetensors", ".bin", ".msgpack", ".index"))
                or LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name)]
-    for kind, names in (("weights", weights), ("tokenizer files", {*COPIED.values()} & {*there})):
+    settings = {*COPIED.values()} & {*there}
+    for kind, names in (("weights", weights), ("files of a checkpoint", settings)):
         if other := sorted({*names} - files.keys()):
             raise ValueError(f"{plain(out)} holds other {kind} ({plain(other[0])}): give a new "
                              "folder")
@@ -199,7 +200,7 @@ def convert(name_or_folder, out, parts=None, revision=None):
     Raises OSError and ValueError as loading does, and ValueError where `out` is the folder that is
     read, cannot be written, or holds files of another checkpoint.
     """
-    if os.path.realpath(name_or_folder) == os.path.realpath(out):
+    if os.path.isdir(name_or_folder) and os.path.realpath(name_or_folder) == os.path.realpath(out):
         raise ValueError(f"{plain(out)} is the folder that is read: give a new folder to write to")
     check_folder(out)
     source = Source(name_or_folder, revision)

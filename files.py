@@ -62,11 +62,10 @@ def one_line(error):
 
     The middle of a very long word is left out: it is a name or a number that a user has given.
     """
-    text = str(error)
+    text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{plain(error.filename, 1000)}: "
         text = where + error.strerror
-    text = " ".join(text.split()) or type(error).__name__
     text = re.sub(r"(\S{100})\S{40,}(\S{20})", r"\1…\2", text)
     if len(text) > 280:
         text = re.sub(r"(\S{60})\S{20,}(\S{20})", r"\1…\2", text)

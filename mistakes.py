@@ -762,7 +762,7 @@ def measured():
 def main(argv=None):
     """Print the table as Markdown."""
     Parser(description="Print every known mistake as a row of a Markdown table, with its cost, "
-                       "which is measured anew in small models.").parse_args(argv or [])
+                       "which is measured in small models.").parse_args(argv)
     if sys.stdout is None:
         raise ValueError("standard output is closed: there is nowhere to write the table")
     costs = measured()

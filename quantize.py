@@ -36,8 +36,8 @@ BITS = {"int8": 8, "int4": 4}
 PAIR = {"int8": torch.int16, "int4": torch.int8}        # two integers side by side
 GROUP = {"int8": None, "int4": 64}      # columns that share scale and zero; None: a whole row
 LANES = 16              # the words of 16 rows lie side by side: one load of AVX-512, two of AVX2
-SLICE = 2**18           # about this many numbers are packed or unpacked at once,
-PRODUCT = 2**22         # and so many are multiplied at once: torch is slow with few rows
+SLICE = 2**18           # about so many numbers are packed or unpacked at once, within the cache
+PRODUCT = 2**22         # about so many are multiplied at once; with few rows torch is slow
 FEW = 4                 # few_rows is faster if x has at most this many rows
 PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}
 METHOD = "words-of-gpt-neo-and-neox-from-scratch"      # `quant_method` in config.json
@@ -206,7 +206,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x):
         """x (..., K) -> (..., N), in x's dtype: F.linear with the dequantized matrix."""
         few = torch.compiler.is_compiling() and x.numel() <= FEW * x.size(-1)
-        if few and not torch.is_autocast_enabled(x.device.type):       # not asked on meta: an error
+        if few and not torch.is_autocast_enabled(x.device.type):       # not known for meta
             y = few_rows(x.reshape(-1, x.size(-1)), self.words, self.scale, self.zero, self.kind)
             y = y[:, :self.out_features].to(x.dtype).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias

@@ -44,6 +44,7 @@ from commands import (
     as_command,
     check_folder,
     check_text,
+    discard_output,
     given,
     spelled,
     what_failed,
@@ -351,8 +352,9 @@ def main(argv=None):
             time.sleep(1)                                   # so that torchrun lets process 0 say it
         say(f"train.py: error: {error}")
         return 2
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:                                 # | head has gone: not finished
+        discard_output()
+        return 2
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if lost_process(error):
             return 1                                       # another process ended, and has said why

@@ -38,7 +38,7 @@ def linear(layer, x):
     """nn.Linear.forward, by few_rows if it can take x and the weight is a plain tensor."""
     weight = layer.weight
     plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype == x.dtype
-    if plain and is_few(x):
+    if plain and is_few(x) and layer in CHANGED:           # and not a copy, made while it was
         return few_rows(x[:, 0], weight, layer.bias)[:, None]
     return F.linear(x, weight, layer.bias)
 
@@ -46,13 +46,14 @@ def linear(layer, x):
 TORCHS_OWN = nn.Linear.forward, F.linear
 LOCK = threading.Lock()
 INSIDE = {}             # part: [how many threads are inside weight_first(part), its changed layers]
+CHANGED = set()         # the changed layers of all parts
 
 
 @contextlib.contextmanager
 def weight_first(part):
     """A context in which the plain linear layers of `part`, a module, compute by `linear`.
 
-    A plain layer is an nn.Linear itself.  A subclass, a wrapper, a quantized or parametrized layer
+    A plain layer is exactly an nn.Linear.  A subclass, a wrapper, a quantized or parametrized layer
     and a layer with a forward of its own compute what they always do.  A layer is changed by an
     attribute of its own, so no other model is, and it is changed back when no thread is inside.
     """
@@ -66,15 +67,18 @@ def weight_first(part):
         with LOCK:
             INSIDE[part][0] -= 1
             if not INSIDE[part][0]:
-                for layer in INSIDE.pop(part)[1]:
+                layers = INSIDE.pop(part)[1]
+                CHANGED.difference_update(layers)
+                for layer in layers:
                     vars(layer).pop("forward", None)
 
 
 def changed_layers(part):
     """Give the plain layers of `part` another forward, and return them."""
-    if (nn.Linear.forward, F.linear) != TORCHS_OWN:        # somebody else has replaced them
+    if (nn.Linear.forward, F.linear) != TORCHS_OWN:        # a tool has replaced them: they count
         return []
     layers = [x for x in part.modules() if type(x) is nn.Linear and "forward" not in vars(x)]
     for layer in layers:
         vars(layer)["forward"] = functools.partial(linear, layer)
+    CHANGED.update(layers)
     return layers

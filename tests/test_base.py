@@ -179,7 +179,9 @@ def test_resize_token_embeddings(case, size, multiple, expected, tmp_path):
     with pytest.raises(ValueError, match=f"0 to {expected - 1}"):
         model(torch.full_like(ids, expected))
     for how, words in (({"new_num_tokens": 0}, "at least 1, got 0"), ({"new_num_tokens": "120"}, "at least 1, got '120'"),
-                       ({"new_num_tokens": 1e2}, "got 100.0"), ({"new_num_tokens": 120, "mean_resizing": False}, "mean_resizing=False")):
+                       ({"new_num_tokens": 1e2}, "got 100.0"), ({"new_num_tokens": 120, "mean_resizing": False}, "mean_resizing=False"),
+                       ({"new_num_tokens": torch.tensor(2.5)}, "got tensor"), ({"new_num_tokens": True}, "got True"),
+                       ({"pad_to_multiple_of": -7}, "pad_to_multiple_of must be"), ({"pad_to_multiple_of": 2.5}, "got 2.5")):
         with pytest.raises(ValueError, match=words):
             model.resize_token_embeddings(**how)
     assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == expected

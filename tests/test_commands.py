@@ -2,11 +2,13 @@
 
 import errno
 import io
+import json
 import os
 import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -244,7 +246,7 @@ def test_a_folder_that_cannot_be_made_is_found_first(command, argv, here, capsys
 
 def test_a_conversion_mixes_no_two_checkpoints(here, capsys):
     """The old tokenizer's files would stay, or a config.json that belongs to something else would go."""
-    assert "gpt_neo holds other tokenizer files (merges.txt)" in refused(capsys, "convert", "gpt_neox", "gpt_neo")
+    assert "gpt_neo holds other files of a checkpoint (merges.txt)" in refused(capsys, "convert", "gpt_neox", "gpt_neo")
     Path("folder/config.json").write_text("{}")
     assert "config.json without weights" in refused(capsys, "convert", "gpt_neo", "folder")
     assert convert.main(["gpt_neo", "empty"]) == convert.main(["gpt_neo", "empty"]) == 0
@@ -275,7 +277,8 @@ def test_all_commands_end_alike(module):
 
 @pytest.mark.parametrize("error, status, says", [
     (ValueError("two\nlines"), 2, "error: two lines\n"), (FileNotFoundError(2, "No such file", "x"), 2, "error: x: No such file\n"),
-    (OSError(errno.ENOSPC, "No space left on device"), 2, "error: standard output: No space left on device\n"),
+    (OSError(errno.ENOSPC, "No space left on device"), 2,
+     "error: No space left on device (standard output, or a file that was being written)\n"),
     (ImportError("no package"), 2, "error: no package\n"), (MemoryError(), 2, "error: out of memory: take a smaller"),
     (RuntimeError("[enforce fail] can't allocate memory: 1"), 2, "error: out of memory: take a smaller"),
     (RuntimeError("deep\ninside"), 2, "error: deep\n"), (KeyboardInterrupt(), 130, "\n"), (BrokenPipeError(32, "x"), 0, ""),
@@ -307,7 +310,9 @@ def test_a_mistake_in_the_code_is_shown_whole():
 @pytest.mark.parametrize("text", ["short", "long\n" * 9000])
 def test_output_that_cannot_be_written_is_one_line(text, monkeypatch, capsys):
     """Without this the text is still waiting when Python ends, which then reports an ignored error."""
-    for path, status, says in [("/dev/full", 2, "error: standard output: No space left on device\n"), (None, 0, "")]:
+    full = "error: standard output: No space left on device\n" if text == "short" else \
+        "error: No space left on device (standard output, or a file that was being written)\n"
+    for path, status, says in [("/dev/full", 2, full), (None, 0, "")]:
         reader, pipe = os.pipe()
         os.close(reader)                                   # as | head does
         monkeypatch.setattr(sys, "stdout", open(path or pipe, "w"))
@@ -330,13 +335,40 @@ def test_a_reader_that_goes_early_still_gets_the_verdict(same, here, monkeypatch
     def gone(*_):
         raise BrokenPipeError
     monkeypatch.setattr(compare, "make_report", lambda *args, **how: {"same": same})
-    monkeypatch.setattr(compare, "write_report", gone)
-    assert compare.main(["gpt_neo"]) == (0 if same else 1)
+    monkeypatch.setattr(compare, "print_table", gone)
+    assert compare.main(["gpt_neo", "--json", "r.json"]) == (0 if same else 1)
+    assert json.loads(Path("r.json").read_text()) == {"same": same}
+    monkeypatch.setattr(compare, "check_vectors", lambda *_: ([SimpleNamespace(passed=same)], []))
+    monkeypatch.setattr(compare, "table", gone)
+    monkeypatch.setattr(compare, "write_junit", lambda verdicts, mistakes, path: Path(path).write_text("written"))
+    assert compare.main(["--check-vectors", "gpt_neo", "gpt_neox", "--junit", "j.xml"]) == (0 if same else 1)
+    assert Path("j.xml").read_text() == "written"
+    monkeypatch.setattr(train, "run_or_resume", gone)
+    assert train.main([]) == 2                             # 0 would mean that the training is finished
+
+
+def test_a_pipe_is_written_to(here):
+    """--json >(program), and --out /dev/stdout | program: a pipe that has no name in any folder."""
+    reader, writer = os.pipe()
+    for path in (f"/dev/fd/{writer}", "/dev/null"):
+        assert commands.unwritable(path) is None
+    os.close(reader), os.close(writer)
+
+
+def test_names_on_windows(monkeypatch):
+    """There a folder's name ends at a backslash too, and characters count, not bytes."""
+    path = "C:\\Benutzer\\" + "ж" * 150 + "\\" + "ж" * 150
+    monkeypatch.setattr(os, "name", "nt")
+    assert commands.a_name(path) == path
+
+
+def test_only_files_of_the_checkpoint_itself_are_kept(here):
+    assert commands.replaces("gpt_neo/config.json", "gpt_neo") and not commands.replaces("gpt_neo/new/config.json", "gpt_neo")
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--batch", "1000000"], "need"), (["--batch", "1048577"], "--batch must be in 1 … 1048576"),
-    (["--lengths", "1000000"], "need 1.49e+04 GiB"), (["--batch", "0"], "--batch must be"), (["--batch", "-1"], "--batch must be"),
+    (["--batch", "1000000"], "need about"), (["--batch", "1048577"], "--batch must be in 1 … 1048576"),
+    (["--lengths", "1000000"], "need about 1.49e+04 GiB"), (["--batch", "0"], "--batch must be"), (["--batch", "-1"], "--batch must be"),
     (["--ids", "--lengths", "1000000", "--batch", "1000000"], "--batch must be in 1 … 1, not"),
     (["--lengths", "0"], "a length must be in 1")])
 def test_more_than_any_memory_holds_is_refused_first(argv, says, here, capsys, monkeypatch):

@@ -335,6 +335,7 @@ def test_two_threads_in_one_model():
     go_on.set()
     thread.join()
     assert torch.equal(found[0], few_rows(x[0], layer.weight, layer.bias)[None]) and not layers_with_a_forward(layer)
+    assert torch.equal(copied(x), F.linear(x, layer.weight, layer.bias))       # and in the usual order
     copied.weight.zero_()
     assert torch.equal(copied(x)[0, 0], layer.bias) and not torch.equal(layer(x)[0, 0], layer.bias)
 

@@ -289,7 +289,7 @@ def test_bad_texts(folder, capsys):
     assert "wide.txt: not a text in UTF-8, it has zero bytes" in error("wide.txt")
     assert "no.txt" in error("one.txt", "--valid", str(folder / "no.txt"))
     assert "fewer than one --context of 32" in error("short.txt", *SHAPE[:-1], "258")
-    assert "more than the text has characters" in error("short.txt", *SHAPE)
+    assert "more than the text has bytes" in error("short.txt", *SHAPE)
     assert "the text gives" in error("short.txt", *SHAPE[:-1], "270")
     assert "too small" in error("one.txt", *SHAPE[:-1], "257")
     assert not (folder / "bad").exists()
@@ -426,7 +426,7 @@ def test_a_classifier_is_no_language_model(checkpoint, tmp_path, capsys):
     (["--out", "{}/one.txt/out"], "one.txt"), (["--out", "{}/one.txt"], "one.txt: Not a directory: name another folder"),
     (["--out", "{}/" + "x" * 300], "it is too long"), (["--out", "{}/" + "x" * 252], "File name too long"),
     (["--out", "\udcff"], "--out is not UTF-8"), (["--batch-size", str(2**30)], "--batch-size must be"),
-    (["--vocab-size", str(2**30)], "more than the text has characters"), (["--init", ""], "argument --init: ''"),
+    (["--vocab-size", str(2**30)], "more than the text has bytes"), (["--init", ""], "argument --init: ''"),
     (["--family", "neox", "--window", "3"], "--window is for --family neo"),
     (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     (["--text", "{}"], "Is a directory"), (["--valid", "{}"], "Is a directory")])

@@ -33,9 +33,9 @@ def learn_merges(texts, alphabet, count):
 
     if count < 1:
         raise ValueError(f"--vocab-size is {1 - count} too small for the bytes and one merge")
-    if count > sum(map(len, texts)):                       # the library makes room for all of them
+    if count > sum(len(text.encode()) for text in texts):  # the library makes room for all of them
         raise ValueError(f"--vocab-size needs {count} merges, which are more than the text has "
-                         "characters: choose another size, or more text")
+                         "bytes: choose another size, or more text")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner.train_from_iterator(texts, trainers.BpeTrainer(
