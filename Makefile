@@ -4,7 +4,7 @@
 # make port       the port in C is built, answers the test vectors, and is judged
 # make test       the quick tests, to run after every change
 # make test-all   all tests, with the long grids and the notebooks
-# make test-diagnosis  every mistake, pair and seed of the diagnosis of ports, most of an hour
+# make test-diagnosis  the longest grids: every mistake and pair of the diagnosis of ports, every kernel compiled; most of an hour
 # make test-cpus  the tests whose numbers depend on the processor, as on other processors
 # make lab        the notebooks in JupyterLab
 # make notebooks  every notebook, run again from its source

@@ -100,10 +100,14 @@ def failures(result):
             or (x["dtype"] != "fp32" and not x["tensor_core_instructions"])]
 
 
-def compile_all(widths, dtypes):
-    """Every kernel for both GPUs, with and without key padding, in parallel, in a fresh cache."""
-    jobs = [(name, gpu, dtype, D, padded) for D in widths for name in KERNELS for gpu in GPUS
+def combinations(widths, dtypes):
+    """What `compiled` takes: every kernel for both GPUs, with and without key padding."""
+    return [(name, gpu, dtype, D, padded) for D in widths for name in KERNELS for gpu in GPUS
             for dtype in dtypes for padded in (False, True)]
+
+
+def compile_all(jobs):
+    """Compile these combinations in parallel, in a fresh cache."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         # Each process imports Triton first, so that attention.py has its kernels without a GPU.
@@ -191,7 +195,7 @@ def run():
     if A.triton is None or A.INTERPRETED:
         raise SystemExit("benchmark.py kernels needs triton 3.7.1, and TRITON_INTERPRET must not "
                          "be 1, because it compiles the kernels")
-    result = compile_all(WIDTHS, DTYPES)
+    result = compile_all(combinations(WIDTHS, DTYPES))
     print("\nCompiled ahead of time, without a GPU: the most registers, spilled bytes and shared "
           "memory, and the fewest tensor-core\ninstructions, of float16 and bfloat16, with key "
           "padding and without\n")

@@ -28,7 +28,7 @@ def run(*command, **extra):
 def test_kernels_compile_without_a_spill(tmp_path):
     """Width 64, half precision: each kernel for a GPU, the largest one for both; the A100 with padding.
 
-    In one process; test_all_kernels_compile_as_the_page_says has every combination.
+    In one process; test_kernels_of_every_kind_compile has more, and the page all.
     """
     code = ("import json, triton\n"
             "from benchmarks import kernels as K\n"
@@ -69,8 +69,21 @@ def test_tiles_are_those_of_the_mask(name, T, window):
 
 
 @pytest.mark.slow
+def test_kernels_of_every_kind_compile(tmp_path):
+    """Each kernel, GPU, dtype and width, and both kinds of padding, in combinations that differ."""
+    code = ("import json, triton\n"
+            "from benchmarks import kernels as K\n"
+            "jobs = K.combinations(K.WIDTHS, K.DTYPES)[::7]\n"
+            "assert [len(set(kind)) for kind in zip(*jobs)] == [3, 2, 3, 5, 2]\n"
+            "print(json.dumps(K.failures([K.compiled(job) for job in jobs])))")
+    out = run("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout) == []
+
+
+@pytest.mark.long
 def test_all_kernels_compile_as_the_page_says():
-    """Every width and dtype; benchmarks/kernels.md is this command's output."""
+    """Every combination, which takes both cores for four minutes; the page is this command's output."""
     out = run("benchmark.py", "kernels")
     assert out.returncode == 0, out.stderr
     page = (ROOT / "benchmarks" / "kernels.md").read_text()
