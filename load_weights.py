@@ -137,7 +137,7 @@ def official_names(state, table):
 
 def read_config(name_or_folder, revision=None, **hub):
     """The contents of config.json; ValueError if its model_type is neither of the two families."""
-    raw, path = original_config(name_or_folder, read_bin), name_or_folder
+    raw, path = original_config(name_or_folder, read_bin), Path(name_or_folder, "config.json")
     if raw is None:
         path = fetch(name_or_folder, "config.json", revision, **hub)
         raw = read_json(path)
@@ -705,10 +705,10 @@ class AutoTokenizer:
         has_json = fetch(name_or_folder, "tokenizer.json", revision, required=False,
                          **hub) is not None
         config = fetch(name_or_folder, "config.json", revision, required=False, **hub)
-        if config is not None:
-            read_json(config)                          # one that is broken is refused in any case
         if named is None and has_json and config is None:
             named = "PreTrainedTokenizerFast"          # as transformers decides
+        if named is not None and config is not None:
+            read_json(config)                          # one that is broken is refused in any case
         if named is None:
             path = fetch(name_or_folder, "config.json", revision, **hub)
             raw = read_config(name_or_folder, revision, **hub)

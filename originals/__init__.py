@@ -23,13 +23,17 @@ def config_json(folder):
 
 
 def original_config(name_or_folder, unpickle):
-    """The hub's config.json for a folder in an original format; None where it has one itself.
+    """The hub's config.json for a folder: its own, or one made from an original format.
 
+    None for what is no folder, and for a folder without either.
     unpickle(path, module): {name: tensor} of a file of torch.save, as by bin_files.read_bin.
     """
     folder = Path(name_or_folder)
-    if not folder.is_dir() or "model_type" in (raw := config_json(folder)):
+    if not folder.is_dir():
         return None
+    raw = config_json(folder)
+    if "model_type" in raw:
+        return raw
     if raw:
         return mesh_config(folder / "config.json") if mesh_index(folder) else None
     place = neox_folder(folder)

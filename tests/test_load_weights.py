@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,10 @@ import torch.nn.utils.prune
 import transformers
 from safetensors.torch import load_file, save_file
 
+import files
 import load_weights
-from helpers import widen
-from load_weights import NAMES, AutoModelForCausalLM, official_names, our_name
+from helpers import good, widen
+from load_weights import NAMES, AutoModelForCausalLM, AutoTokenizer, official_names, our_name
 from neo import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
 from neox import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 
@@ -763,3 +765,27 @@ def test_memory_and_time_of_the_125m(tmp_path):
     assert max(r["peak"] for r in runs["ours"]) <= 1.1 * size
     for moment in ("ready", "read"):
         assert min(r[moment] for r in runs["ours"]) <= 0.5 * min(r[moment] for r in runs["theirs"]), moment
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["the tokenizer's class is named", "it is not"])
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt_neox"])
+def test_config_json_is_read_once(family, named, tmp_path, monkeypatch):
+    """By each of the two calls that load a model and its tokenizer."""
+    folder, read = shutil.copytree(good(family), tmp_path / "copy"), []
+    settings = Path(folder, "tokenizer_config.json")
+    content = json.loads(settings.read_text()) if settings.exists() else {}
+    content.pop("tokenizer_class", None)
+    if named:
+        content["tokenizer_class"] = {"gpt_neo": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer"}[family]
+    settings.write_text(json.dumps(content))
+
+    def counted(path, original=files.read_json, **how):
+        read.append(Path(path).name)
+        return original(path, **how)
+    for name, module in list(sys.modules.items()):
+        if getattr(module, "read_json", None) is files.read_json and name != "files":
+            monkeypatch.setattr(module, "read_json", counted)
+    for load in (AutoModelForCausalLM, AutoTokenizer):
+        read.clear()
+        load.from_pretrained(folder)
+        assert read.count("config.json") == 1, (load, read)
