@@ -38,7 +38,8 @@ def linear(layer, x):
     """nn.Linear.forward, by few_rows if it can take x and the weight is a plain tensor."""
     weight = layer.weight
     plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype == x.dtype
-    if plain and is_few(x) and layer in CHANGED:           # and not a copy, made while it was
+    # A copy of a layer, made inside weight_first, keeps this forward; it is not in CHANGED.
+    if plain and is_few(x) and layer in CHANGED:
         return few_rows(x[:, 0], weight, layer.bias)[:, None]
     return F.linear(x, weight, layer.bias)
 
@@ -75,8 +76,8 @@ def weight_first(part):
 
 def changed_layers(part):
     """Give the plain layers of `part` another forward, and return them."""
-    if (nn.Linear.forward, F.linear) != TORCHS_OWN:        # a tool has replaced them: they count
-        return []
+    if (nn.Linear.forward, F.linear) != TORCHS_OWN:        # a tool has replaced them, so that it is
+        return []                                          # called: `linear` would go past it
     layers = [x for x in part.modules() if type(x) is nn.Linear and "forward" not in vars(x)]
     for layer in layers:
         vars(layer)["forward"] = functools.partial(linear, layer)

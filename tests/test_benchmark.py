@@ -28,7 +28,7 @@ def run(*command, **extra):
 def test_kernels_compile_without_a_spill(tmp_path):
     """Width 64, half precision: each kernel for a GPU, the largest one for both; the A100 with padding.
 
-    In one process; test_kernels_of_every_kind_compile has more, and the page all.
+    In one process; test_kernels_of_every_kind_compile has more combinations, and benchmarks/kernels.md has all.
     """
     code = ("import json, triton\n"
             "from benchmarks import kernels as K\n"

@@ -1,6 +1,7 @@
 """Imports run one way: from the definition of attention up to the commands, and never back."""
 
 import ast
+import tomllib
 
 import pytest
 
@@ -84,3 +85,10 @@ def test_every_file_has_its_place():
 def test_no_test_file_is_imported(path):
     """What two files of tests share stands in a file of its own."""
     assert [module for module in imports(path) if module.split(".")[0].startswith("test_")] == []
+
+
+def test_pip_installs_every_module():
+    """pip install . copies what pyproject.toml lists, and nothing else."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert sorted(listed["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
+    assert sorted(listed["packages"]) == sorted(FOLDERS)
