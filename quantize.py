@@ -24,12 +24,14 @@ also stay as they are.
 layer made of them.  `few_rows` computes the same for one new token, without unpacking the matrix.
 """
 
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fast.linear import whole
 from files import shown
 
 BITS = {"int8": 8, "int4": 4}
@@ -37,9 +39,10 @@ PAIR = {"int8": torch.int16, "int4": torch.int8}        # two integers side by s
 GROUP = {"int8": None, "int4": 64}      # columns that share scale and zero; None: a whole row
 LANES = 16              # the words of 16 rows lie side by side: one load of AVX-512, two of AVX2
 SLICE = 2**18           # about so many numbers are packed or unpacked at once, within the cache
-PRODUCT = 2**22         # about so many are multiplied at once; with few rows torch is slow
+PRODUCT = 2**23         # about so many are multiplied at once; with few rows torch is slow
 FEW = 4                 # few_rows is faster if x has at most this many rows
-PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}
+PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}       # of a file
+BUFFERS = "words_as_float32", "scale", "zero"                                       # of a layer
 METHOD = "words-of-gpt-neo-and-neox-from-scratch"      # `quant_method` in config.json
 FILE = "quantized.safetensors"      # not model.safetensors, so that transformers refuses the folder
 
@@ -111,23 +114,43 @@ def quantize_slice(w, kind):
     return [x.transpose(1, 2) for x in (words, scale.squeeze(-1), zero.squeeze(-1))]
 
 
-def dequantize(words, scale, zero, shape, kind, dtype=torch.float32):
+def dequantize(words, scale, zero, shape, kind, dtype=torch.float32, room=None):
     """The matrix of this shape (N, K) that the integers stand for: the inverse of `quantize`.
 
-    Some columns at a time, so that the tensors in between stay in the processor's cache.
+    room: a tensor (numbers,) of this dtype to write it to, as large as the words need.
     """
-    bits, (N, K) = BITS[kind], shape
-    words, scale, zero = (x.transpose(0, 1).flatten(1) for x in (words, scale, zero))
-    words = words.view(len(scale), -1, 1, words.size(1))           # (G, words of a group, 1, rows)
-    scale, zero = (x[:, None, None].expand(words.shape) for x in (scale, zero))
-    places = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)[:, None]
-    w = words.new_empty(*words.shape[:2], 32 // bits, words.size(-1), dtype=dtype)
-    count = 1 if torch.compiler.is_compiling() else -(-w.numel() // SLICE)
-    by = 0 if len(scale) > 1 else 1                    # into groups, or into words of the only one
-    for part, q, s, z in zip(*(x.chunk(count, by) for x in (w, words, scale, zero))):
-        q = (q >> places).bitwise_and_(2 ** bits - 1).float()
-        part.copy_(torch.addcmul(z, q, s, out=q))
-    return w.flatten(0, 2)[:K, :N].T
+    (N, K), (blocks, G, _), per = shape, scale.shape, 32 // BITS[kind]
+    numbers = words.numel() * per
+    w = words.new_empty(numbers, dtype=dtype) if room is None else room[:numbers]
+    w = w.view(G, -1, per, blocks, LANES)
+    words, scale, zero = (x.view(blocks, G, -1, LANES).permute(1, 2, 0, 3)[:, :, None]
+                          for x in (words, scale, zero))
+    form = unpack if torch.compiler.is_compiling() else UNPACK.get()
+    form(words, scale, zero, kind, w)
+    return w.flatten(3).flatten(0, 2)[:K, :N].T
+
+
+def unpack(words, scale, zero, kind, w):
+    """words (G, W, 1, N/16, 16), scale and zero (G, 1, 1, N/16, 16) -> w (G, W, 8 or 4, N/16, 16).
+
+    W  words of a group.  words: int32, or the same bits as float32.
+    """
+    places = torch.arange(0, 32, BITS[kind], device=words.device, dtype=torch.int32)
+    q = (words.view(torch.int32) >> places[:, None, None]).bitwise_and_(2 ** BITS[kind] - 1).float()
+    w.copy_(q.mul_(scale).add_(zero))
+
+
+def in_tiles(words, scale, zero, kind, w):
+    """`unpack`, some columns at a time, so that q stays in the processor's cache."""
+    words, scale, zero = (x.contiguous().expand(words.shape) for x in (words, scale, zero))
+    count = -(-w.numel() // SLICE)
+    by = 0 if len(w) > 1 else 1                        # into groups, or into words of the only one
+    for tile in zip(*(x.chunk(count, by) for x in (words, scale, zero)), w.chunk(count, by)):
+        unpack(*tile[:3], kind, tile[3])
+
+
+# What `dequantize` unpacks with.  fast/step.py has another value while compile=True reads a prompt.
+UNPACK = ContextVar("UNPACK", default=in_tiles)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,35 +160,32 @@ def dequantize(words, scale, zero, shape, kind, dtype=torch.float32):
 def few_rows(x, words, scale, zero, kind):
     """x (rows, K) times the matrix, (rows, N rounded up to 16) float32: the form to be compiled.
 
-        y_n = sum over groups of ( scale * sum of integer * x  +  zero * sum of x )
+        y_n = sum over groups of ( sum of integer * x * scale  +  zero * sum of x )
 
     torch's compiler makes one loop of this: it loads the words of 16 rows at once, takes each
     integer out, converts it and multiplies.  Taking an integer out with a shift and a mask would be
     two steps.  The mask alone gives the integer times a power of two, so x is divided by that power
     beforehand, which is exact.  Only the highest place is shifted: a mask would touch its sign.
+    words: int32, or the same bits as float32, which the layer passes.
     """
-    bits = BITS[kind]
+    words, bits = words.view(torch.int32), BITS[kind]
     per, mask = 32 // bits, 2 ** bits - 1
     x = F.pad(x.float(), (0, per * words.size(1) - x.size(1)))
     x = x.view(len(x), -1, per)                                                # (rows, words, per)
-    sums = once(x.reshape(len(x), scale.size(1), -1).sum(-1))                  # (rows, G)
+    sums = whole(x.reshape(len(x), scale.size(1), -1).sum(-1))                  # (rows, G)
     powers = [2.0 ** (-bits * place) for place in range(per - 1)] + [1.0]
-    x = once(x * torch.tensor(powers, device=x.device))
+    x = whole(x * torch.tensor(powers, device=x.device))
     taken = [(words & mask << bits * place).float() for place in range(per - 1)]
     taken.append((words >> 32 - bits & mask).float())                      # each (N/16, words, 16)
     outputs = []
     for row, total in zip(x, sums):
-        y = 0
+        y = (zero * total[:, None]).sum(1)                                             # (N/16, 16)
         for four in range(0, per, 4):      # with more places the compiler would store the products
             products = sum(taken[place] * row[:, place, None] for place in range(four, four + 4))
-            y = y + products.view(len(words), scale.size(1), -1, LANES).sum(2)     # (N/16, G, 16)
-        outputs.append((y * scale + zero * total[:, None]).sum(1).flatten())
+            products = products.view(len(words), scale.size(1), -1, LANES) 
+            y = y + (products * scale[:, :, None]).sum((1, 2))
+        outputs.append(y.flatten())
     return torch.stack(outputs)
-
-
-def once(x):
-    """x itself.  The compiler computes it only once, and not again for every row of the matrix."""
-    return x.as_strided(x.shape, x.stride())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,15 +193,40 @@ def once(x):
 # ------------------------------------------------------------------------------------------------
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose matrix is integers; its bias is a parameter in the model's dtype."""
+    """A linear layer whose matrix is integers; its bias is a parameter in the model's dtype.
+
+    Its buffer holds the bits of the words as float32, and `words` is a view of it.  On a processor
+    with AVX2, code that torch's compiler makes loads int32 through the stack: with int32 buffers a
+    token takes 3 to 5 times as long.  (Vectorized<int>::loadu in ATen/cpu/vec/vec256/vec256_int.h.)
+    """
 
     def __init__(self, in_features, out_features, bias, kind, dtype=None, device=None):
         super().__init__()
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
-        for (name, part), shape in zip(PARTS.items(), shapes(out_features, in_features, kind)):
-            self.register_buffer(name, torch.empty(shape, dtype=part, device=device))
+        for name, shape in zip(BUFFERS, shapes(out_features, in_features, kind)):
+            self.register_buffer(name, torch.empty(shape, dtype=torch.float32, device=device))
         values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if values is None else nn.Parameter(values)
+
+    @property
+    def words(self):
+        return self.words_as_float32.view(torch.int32)
+
+    @words.setter
+    def words(self, words):
+        self.words_as_float32 = words.view(torch.float32)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """A state has the names and dtypes of PARTS."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        words = destination.pop(prefix + "words_as_float32")
+        destination[prefix + "words"] = words.view(torch.int32)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if prefix + "words" in state_dict:
+            words = state_dict.pop(prefix + "words")
+            state_dict[prefix + "words_as_float32"] = words.view(torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @classmethod
     def of(cls, linear, kind):
@@ -193,43 +238,53 @@ class QuantizedLinear(nn.Module):
             layer.words, layer.scale, layer.zero = quantize(linear.weight, kind)
         return layer
 
-    def dequantize(self, dtype=torch.float32, rows=slice(None)):
+    def dequantize(self, dtype=torch.float32, rows=slice(None), room=None):
         """The matrix (N, K) that the integers stand for, or the given rows of it.
 
         `rows` must begin at a multiple of 16.
         """
         start, stop, _ = rows.indices(self.out_features)
         blocks = slice(start // LANES, -(-stop // LANES))
-        return dequantize(self.words[blocks], self.scale[blocks], self.zero[blocks],
-                          (stop - start, self.in_features), self.kind, dtype)
+        return dequantize(self.words_as_float32[blocks], self.scale[blocks], self.zero[blocks],
+                          (stop - start, self.in_features), self.kind, dtype, room)
 
     def forward(self, x):
         """x (..., K) -> (..., N), in x's dtype: F.linear with the dequantized matrix."""
         few = torch.compiler.is_compiling() and x.numel() <= FEW * x.size(-1)
         if few and not torch.is_autocast_enabled(x.device.type):       # not known for meta
-            y = few_rows(x.reshape(-1, x.size(-1)), self.words, self.scale, self.zero, self.kind)
+            parts = self.words_as_float32, self.scale, self.zero
+            y = few_rows(x.reshape(-1, x.size(-1)), *parts, self.kind)
             y = y[:, :self.out_features].to(x.dtype).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return self.definition(x)
 
     def definition(self, x):
-        """Some rows of the matrix at a time, so that they stay in the processor's cache."""
+        """Some rows of the matrix at a time, so that they stay in the processor's cache.
+
+        All of them in the same memory, because a system takes as long to give new memory as it
+        takes to unpack into it.  A backward pass would read them again, so there each has its own.
+        """
         compiling = torch.compiler.is_compiling()
         step = self.out_features if compiling else rows_at_once(self.in_features, PRODUCT)
         dtype = torch.float32 if x.device.type == "cpu" and x.dtype in SLOW else x.dtype
+        room = None
+        if not compiling and not torch.is_grad_enabled():
+            words = self.words[:-(-step // LANES)].numel()
+            room = x.new_empty(words * 32 // BITS[self.kind], dtype=dtype)
         outputs = []
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
             bias = None if self.bias is None else self.bias[rows].to(dtype)
-            outputs.append(F.linear(x.to(dtype), self.dequantize(dtype, rows), bias))
+            outputs.append(F.linear(x.to(dtype), self.dequantize(dtype, rows, room), bias))
         return torch.cat(outputs, -1).to(x.dtype)
 
     def _apply(self, function, recurse=True):
-        """What .half() and .to(dtype) call: scale and zero change device, but never dtype."""
-        kept = self.scale, self.zero
+        """What .half() and .to(dtype) call: the buffers change device, but never dtype."""
+        kept = {name: getattr(self, name) for name in BUFFERS}
         super()._apply(function, recurse)
         if self.scale.dtype != torch.float32:
-            self.scale, self.zero = (x.to(self.words.device) for x in kept)
+            for name, buffer in kept.items():
+                setattr(self, name, buffer.to(self.scale.device))
         return self
 
     def extra_repr(self):

@@ -8,6 +8,7 @@ the order of the steps are those of transformers' generate (v5.23.0, generation/
 logits_process.py), so the same seed draws the same tokens.
 """
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass, fields
@@ -473,7 +474,8 @@ class Decoder:
         Rows that are left out are zeros.
         """
         if not self.cache.length:
-            return prefill(self.model, new, self.mask, self.position_ids, self.cache).float()
+            with self.step.prompt() if self.step else contextlib.nullcontext():
+                return prefill(self.model, new, self.mask, self.position_ids, self.cache).float()
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         self.position_ids = self.position_ids[:, -1:] + 1
         decode = self.step or self.decode

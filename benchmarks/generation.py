@@ -250,7 +250,7 @@ def packed_rates():
             layer.words.random_(-2**31, 2**31 - 1)
             layer.scale.uniform_()
             layer.zero.uniform_()
-        parts = [(layer.words, layer.scale, layer.zero, kind) for layer in layers]
+        parts = [(layer.words_as_float32, layer.scale, layer.zero, kind) for layer in layers]
         function = torch.compile(quantize.few_rows)
         function(x, *parts[0])
         best = min(seconds(lambda: [function(x, *part) for part in parts])() for _ in range(7))

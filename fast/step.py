@@ -21,6 +21,7 @@ KVCache never move, so there is one compilation for a partly and one for a compl
 `generate` leaves one slot free, so that only the rings of local layers are ever completely filled.
 """
 
+import contextlib
 import os
 import shutil
 
@@ -30,16 +31,12 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.overrides import TorchFunctionMode
 
 from attention import at_least_float32
-from fast.linear import few_rows
+from fast.linear import few_rows, whole
+from quantize import UNPACK, unpack
 
 # ------------------------------------------------------------------------------------------------
 # The two functions
 # ------------------------------------------------------------------------------------------------
-
-def whole(x):
-    """x itself, as a tensor that the compiler has to finish before it is read."""
-    return x.as_strided(x.shape, x.stride())
-
 
 def one_row(x, weight, bias=None):
     """F.linear: x (..., K) -> (..., N).  For more than one row torch's matrix product is faster."""
@@ -113,6 +110,7 @@ def head_forms(head, x):
 
 compiled_block, compiled_head = (torch.compile(f, fullgraph=True)          # all of it, or an error
                                  for f in (block_forms, head_forms))
+compiled_unpack = torch.compile(unpack, fullgraph=True, dynamic=True)
 # torch.compile compiles anew for every other model, dtype or batch size, and keeps 8 by default.
 # Here it keeps so many; when it needs one more, all of them are dropped.
 MOST = 64
@@ -142,6 +140,19 @@ class Step:
         self.layers = {block: i for i, block in enumerate(model.transformer.blocks)}
         self.everything = torch.ones(cache.batch_size, cache.max_length, dtype=torch.bool,
                                      device=model.device)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def prompt():
+        """A context for reading the prompt: only the unpacking of quantized matrices is compiled.
+
+        A prompt has many rows, for which torch's own matrix product is fast.
+        """
+        token = UNPACK.set(compiled_unpack)
+        try:
+            yield
+        finally:
+            UNPACK.reset(token)
 
     @torch.no_grad()
     def __call__(self, new, mask, position_ids):

@@ -1,5 +1,6 @@
 """Weights of 8 and 4 bits: what the integers mean, the two ways to multiply by them, models, files."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -65,6 +66,13 @@ def model_of(family, kind, dtype=torch.float32, seed=0, **how):
     return AutoModelForCausalLM.from_pretrained(saved(random_case(seed, family)), weights=kind, torch_dtype=dtype, **how)
 
 
+@contextlib.contextmanager
+def reading_with(form):
+    token = quantize.UNPACK.set(form)
+    yield
+    quantize.UNPACK.reset(token)
+
+
 def unpacked(model, family, dtype=torch.float32, seed=0):
     """The same model, not quantized, with the numbers that the integers stand for."""
     whole = ours(random_case(seed, family), dtype)
@@ -93,7 +101,7 @@ def test_some_columns_at_a_time_are_the_whole_to_the_bit(kind, dtype, N, K):
     words, scale, zero = (x.transpose(1, 2).flatten(0, 1)[:N] for x in (layer.words, layer.scale, layer.zero))
     q = torch.stack([words >> place & 2**bits - 1 for place in range(0, 32, bits)], -1).flatten(1)[:, :K]
     scale, zero = (x.repeat_interleave(GROUP[kind] or K, 1)[:, :K] for x in (scale, zero))
-    assert torch.equal(layer.dequantize(dtype), torch.addcmul(zero, q.float(), scale).to(dtype))
+    assert torch.equal(layer.dequantize(dtype), (q.float() * scale + zero).to(dtype))
 
 
 @KINDS
@@ -190,6 +198,53 @@ def test_the_form_for_one_token_is_what_is_compiled(kind, monkeypatch):
                 assert plain.dtype == dtype and not torch.compiler.is_compiling()
                 assert relative(compiled(x), plain) < bound
     assert seen and max(seen) == quantize.FEW
+
+
+# --- the loop that a prompt compiles ---------------------------------------------------------------
+
+@compiler
+@pytest.mark.parametrize("kind, dtype", [("int4", torch.bfloat16), pytest.param("int8", torch.float32, marks=pytest.mark.slow)], ids=str)
+def test_compiled_it_has_the_same_bits(kind, dtype):
+    from fast.step import compiled_unpack
+    for N, K in SHAPES[2:6]:
+        layer = random_words(kind, N, K)
+        expected = layer.dequantize(dtype)
+        with reading_with(compiled_unpack):
+            assert torch.equal(layer.dequantize(dtype), expected)
+
+
+@KINDS
+@pytest.mark.parametrize("N, K", SHAPES)
+def test_memory_that_is_used_again_changes_no_bit(kind, N, K):
+    """With gradients each slice of the matrix has its own, because the backward pass reads all of them."""
+    layer, x = random_words(kind, N, K), torch.randn(3, K, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = layer(x)
+    kept = x.clone().requires_grad_()
+    assert torch.equal(layer(kept), found)
+    grad, = torch.autograd.grad(layer(kept).sum(), kept)
+    assert relative(grad, layer.dequantize().sum(0).expand(3, -1)) < 1e-5
+
+
+@compiler
+@FAMILIES
+def test_only_a_prompt_with_compile_is_unpacked_by_it(family, monkeypatch):
+    """Here not compiled; in this thread only, and never after it, also if the prompt was cut off by an error."""
+    import fast.step
+    calls, model = [], model_of(family, "int4")
+    monkeypatch.setattr(fast.step, "compiled_unpack", lambda *given: calls.append(len(seen)) or quantize.unpack(*given))
+    seen, layers = [], sum(isinstance(layer, QuantizedLinear) for layer in model.modules())
+    plain = model.generate(IDS, max_new_tokens=1, do_sample=False)
+    assert not calls
+    for compiled in (True, False, True):
+        assert torch.equal(model.generate(IDS, max_new_tokens=1, do_sample=False, compile=compiled), plain)
+        seen.append(compiled)
+    assert calls.count(0) == calls.count(2) >= layers and not calls.count(1)
+    calls.clear()
+    monkeypatch.setattr(type(model.lm_head), "forward", lambda self, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(IDS, max_new_tokens=1, compile=True)
+    assert quantize.UNPACK.get() is quantize.in_tiles
 
 
 @KINDS
