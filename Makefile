@@ -3,8 +3,8 @@
 # make finetune   both bundled checkpoints learn to tell comedy, history and tragedy apart, and are trained on Macbeth
 # make port       the port in C is built, answers the test vectors, and is judged
 # make test       the quick tests, to run after every change
-# make test-all   all tests, with the long grids and the notebooks
-# make test-diagnosis  the longest grids: every mistake and pair of the diagnosis of ports, every kernel compiled; most of an hour
+# make test-all   all tests but the longest, with the grids and the notebooks
+# make test-diagnosis  the longest grids: every mistake and pair of the diagnosis of ports, every kernel compiled; about an hour
 # make test-cpus  the tests whose numbers depend on the processor, as on other processors
 # make lab        the notebooks in JupyterLab
 # make notebooks  every notebook, run again from its source

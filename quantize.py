@@ -3,7 +3,8 @@
     model = AutoModelForCausalLM.from_pretrained("EleutherAI/gpt-neox-20b", weights="int4")
     python generate.py --model EleutherAI/gpt-neox-20b --weights int4 --compile "The dog"
 
-    N  rows of a matrix, outputs of the layer · K  columns, its inputs · G  groups of a row
+    N  rows of a matrix, outputs of the layer (N/16 is rounded up) · K  columns, its inputs
+    G  groups of a row · W  words of a group
 
 Generating one token reads every weight once, so fewer bits a weight mean less memory and more
 tokens a second.  The numbers of a group lie between its least number, `zero`, and its greatest.
@@ -21,7 +22,8 @@ the head reads all its rows and the embedding only one.  Biases, LayerNorms and 
 also stay as they are.
 
 `quantize` and `dequantize` say what the integers mean, and QuantizedLinear.definition is a linear
-layer made of them.  `few_rows` computes the same for one new token, without unpacking the matrix.
+layer made of them.  For up to 4 rows of x, `few_rows` computes the same without unpacking the
+matrix.  A prompt has more: with compile=True its matrices are unpacked by compiled code.
 """
 
 from contextvars import ContextVar
@@ -31,7 +33,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fast.linear import whole
 from files import shown
 
 BITS = {"int8": 8, "int4": 4}
@@ -39,10 +40,10 @@ PAIR = {"int8": torch.int16, "int4": torch.int8}        # two integers side by s
 GROUP = {"int8": None, "int4": 64}      # columns that share scale and zero; None: a whole row
 LANES = 16              # the words of 16 rows lie side by side: one load of AVX-512, two of AVX2
 SLICE = 2**18           # about so many numbers are packed or unpacked at once, within the cache
-PRODUCT = 2**23         # about so many are multiplied at once; with few rows torch is slow
+PRODUCT = 2**23         # about so many are unpacked for one product; with few rows torch is slow
 FEW = 4                 # few_rows is faster if x has at most this many rows
-PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}       # of a file
-BUFFERS = "words_as_float32", "scale", "zero"                                       # of a layer
+PARTS = {"words": torch.int32, "scale": torch.float32, "zero": torch.float32}  # in states and files
+BUFFERS = "words_as_float32", "scale", "zero"          # in a layer; QuantizedLinear says why
 METHOD = "words-of-gpt-neo-and-neox-from-scratch"      # `quant_method` in config.json
 FILE = "quantized.safetensors"      # not model.safetensors, so that transformers refuses the folder
 
@@ -115,42 +116,49 @@ def quantize_slice(w, kind):
 
 
 def dequantize(words, scale, zero, shape, kind, dtype=torch.float32, room=None):
-    """The matrix of this shape (N, K) that the integers stand for: the inverse of `quantize`.
+    """The matrix of this shape (N, K) that the integers stand for, in dtype.
 
-    room: a tensor (numbers,) of this dtype to write it to, as large as the words need.
+    The inverse of `quantize`; words may also be the same bits as float32.  room: memory for the
+    result, of this dtype, a number for each integer of the words or more.  The result is a view of
+    it, so the next call with the same room overwrites it.
     """
     (N, K), (blocks, G, _), per = shape, scale.shape, 32 // BITS[kind]
     numbers = words.numel() * per
     w = words.new_empty(numbers, dtype=dtype) if room is None else room[:numbers]
     w = w.view(G, -1, per, blocks, LANES)
     words, scale, zero = (x.view(blocks, G, -1, LANES).permute(1, 2, 0, 3)[:, :, None]
-                          for x in (words, scale, zero))
-    form = unpack if torch.compiler.is_compiling() else UNPACK.get()
-    form(words, scale, zero, kind, w)
+                          for x in (words, scale, zero))       # (G, W or 1, 1, N/16, 16)
+    # Inside torch.compile the compiler makes one loop of `unpack` by itself.
+    unpacker = unpack if torch.compiler.is_compiling() else UNPACKER.get()
+    unpacker(words, scale, zero, w, kind)
     return w.flatten(3).flatten(0, 2)[:K, :N].T
 
 
-def unpack(words, scale, zero, kind, w):
-    """words (G, W, 1, N/16, 16), scale and zero (G, 1, 1, N/16, 16) -> w (G, W, 8 or 4, N/16, 16).
+def unpack(words, scale, zero, w, kind):
+    """Write the numbers that the words stand for to w (G, W, 8 or 4, N/16, 16), of any float dtype.
 
-    W  words of a group.  words: int32, or the same bits as float32.
+    words (G, W, 1, N/16, 16) int32, or the same bits as float32; scale and zero (G, 1, 1, N/16, 16)
+    or expanded to the shape of words.
     """
     places = torch.arange(0, 32, BITS[kind], device=words.device, dtype=torch.int32)
-    q = (words.view(torch.int32) >> places[:, None, None]).bitwise_and_(2 ** BITS[kind] - 1).float()
-    w.copy_(q.mul_(scale).add_(zero))
+    q = (words.view(torch.int32) >> places[:, None, None]).bitwise_and_(2 ** BITS[kind] - 1)
+    w.copy_(q.float().mul_(scale).add_(zero))
 
 
-def in_tiles(words, scale, zero, kind, w):
+def unpack_in_tiles(words, scale, zero, w, kind):
     """`unpack`, some columns at a time, so that q stays in the processor's cache."""
-    words, scale, zero = (x.contiguous().expand(words.shape) for x in (words, scale, zero))
+    # Copied once into the order of w: otherwise each step would have to reorder its numbers.
+    words, scale, zero = words.contiguous(), scale.contiguous(), zero.contiguous()
+    parts = words, scale.expand_as(words), zero.expand_as(words), w
     count = -(-w.numel() // SLICE)
-    by = 0 if len(w) > 1 else 1                        # into groups, or into words of the only one
-    for tile in zip(*(x.chunk(count, by) for x in (words, scale, zero)), w.chunk(count, by)):
-        unpack(*tile[:3], kind, tile[3])
+    dim = 0 if len(w) > 1 else 1                       # into groups, or into words of the only one
+    for tile in zip(*(x.chunk(count, dim) for x in parts)):
+        unpack(*tile, kind)
 
 
-# What `dequantize` unpacks with.  fast/step.py has another value while compile=True reads a prompt.
-UNPACK = ContextVar("UNPACK", default=in_tiles)
+# The function that `dequantize` unpacks with.  While compile=True reads a prompt, fast/step.py sets
+# its compiled one; a ContextVar, so that other threads keep theirs.
+UNPACKER = ContextVar("UNPACKER", default=unpack_in_tiles)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,21 +179,31 @@ def few_rows(x, words, scale, zero, kind):
     words, bits = words.view(torch.int32), BITS[kind]
     per, mask = 32 // bits, 2 ** bits - 1
     x = F.pad(x.float(), (0, per * words.size(1) - x.size(1)))
-    x = x.view(len(x), -1, per)                                                # (rows, words, per)
-    sums = whole(x.reshape(len(x), scale.size(1), -1).sum(-1))                  # (rows, G)
+    x = x.view(len(x), -1, per)                                               # (rows, G W, per)
+    sums = whole(x.reshape(len(x), scale.size(1), -1).sum(-1))                 # (rows, G)
     powers = [2.0 ** (-bits * place) for place in range(per - 1)] + [1.0]
     x = whole(x * torch.tensor(powers, device=x.device))
     taken = [(words & mask << bits * place).float() for place in range(per - 1)]
-    taken.append((words >> 32 - bits & mask).float())                      # each (N/16, words, 16)
+    taken.append((words >> 32 - bits & mask).float())                      # each (N/16, G W, 16)
     outputs = []
     for row, total in zip(x, sums):
-        y = (zero * total[:, None]).sum(1)                                             # (N/16, 16)
-        for four in range(0, per, 4):      # with more places the compiler would store the products
-            products = sum(taken[place] * row[:, place, None] for place in range(four, four + 4))
-            products = products.view(len(words), scale.size(1), -1, LANES) 
+        y = (zero * total[:, None]).sum(1)                                         # (N/16, 16)
+        for first in range(0, per, 4):     # with more places the compiler would store the products
+            products = sum(taken[place] * row[:, place, None] for place in range(first, first + 4))
+            products = products.view(len(words), scale.size(1), -1, LANES)     # (N/16, G, W, 16)
+            # Scaled before the sum, so that it is one sum over G and W.  With a sum over W first,
+            # the compiler would store the sums of all groups.
             y = y + (products * scale[:, :, None]).sum((1, 2))
         outputs.append(y.flatten())
     return torch.stack(outputs)
+
+
+def whole(x):
+    """x itself.  torch's compiler computes it once, before the loops that read it.
+
+    Without this it would compute x again for every row of the matrix.
+    """
+    return x.as_strided(x.shape, x.stride())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,9 +213,10 @@ def few_rows(x, words, scale, zero, kind):
 class QuantizedLinear(nn.Module):
     """A linear layer whose matrix is integers; its bias is a parameter in the model's dtype.
 
-    Its buffer holds the bits of the words as float32, and `words` is a view of it.  On a processor
-    with AVX2, code that torch's compiler makes loads int32 through the stack: with int32 buffers a
-    token takes 3 to 5 times as long.  (Vectorized<int>::loadu in ATen/cpu/vec/vec256/vec256_int.h.)
+    The buffer words_as_float32 has the bits of the words under another dtype; `words` shows them as
+    int32.  The reason is AVX2: there the code that torch's compiler makes copies int32 to the stack
+    before it loads them, and a product takes 3 to 5 times as long (`benchmark.py ceilings`; in
+    torch 2.13, Vectorized<int32_t>::loadu(ptr, count) in ATen/cpu/vec/vec256/vec256_int.h).
     """
 
     def __init__(self, in_features, out_features, bias, kind, dtype=None, device=None):
@@ -217,14 +236,15 @@ class QuantizedLinear(nn.Module):
         self.words_as_float32 = words.view(torch.float32)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """A state has the names and dtypes of PARTS."""
+        """A state has words as int32, so that files do not depend on how a layer holds them."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         words = destination.pop(prefix + "words_as_float32")
         destination[prefix + "words"] = words.view(torch.int32)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
+        """The inverse of _save_to_state_dict."""
         if prefix + "words" in state_dict:
-            words = state_dict.pop(prefix + "words")
+            words = state_dict.pop(prefix + "words").to(torch.int32)
             state_dict[prefix + "words_as_float32"] = words.view(torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -241,7 +261,7 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype=torch.float32, rows=slice(None), room=None):
         """The matrix (N, K) that the integers stand for, or the given rows of it.
 
-        `rows` must begin at a multiple of 16.
+        `rows` must begin at a multiple of 16.  room: as in the function `dequantize`.
         """
         start, stop, _ = rows.indices(self.out_features)
         blocks = slice(start // LANES, -(-stop // LANES))
@@ -259,18 +279,19 @@ class QuantizedLinear(nn.Module):
         return self.definition(x)
 
     def definition(self, x):
-        """Some rows of the matrix at a time, so that they stay in the processor's cache.
+        """x (..., K) -> (..., N), by unpacking and multiplying some rows of the matrix at a time.
 
-        All of them in the same memory, because a system takes as long to give new memory as it
-        takes to unpack into it.  A backward pass would read them again, so there each has its own.
+        Without gradients all slices are unpacked into the same memory, because the system takes as
+        long to give new memory as it takes to unpack into it.  With gradients each slice has its
+        own, because the backward pass reads all of them.
         """
         compiling = torch.compiler.is_compiling()
         step = self.out_features if compiling else rows_at_once(self.in_features, PRODUCT)
         dtype = torch.float32 if x.device.type == "cpu" and x.dtype in SLOW else x.dtype
         room = None
         if not compiling and not torch.is_grad_enabled():
-            words = self.words[:-(-step // LANES)].numel()
-            room = x.new_empty(words * 32 // BITS[self.kind], dtype=dtype)
+            numbers = self.words[:step // LANES].numel() * 32 // BITS[self.kind]
+            room = self.words.new_empty(numbers, dtype=dtype)
         outputs = []
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)

@@ -383,8 +383,9 @@ def stream(model, input_ids, attention_mask=None, *, settings, generator=None, r
 
     input_ids (B, T): shorter rows are padded on the left, and attention_mask (B, T) is 0 there.
     A row that has ended yields padding.  real_vocab: ids from this one on are never chosen (they
-    are rows that only round up the size of the matrix).  compile: after the prefill, decode with
-    the compiled step of fast/step.py.  tokenizer: to find stop_strings in the text.
+    are rows that only round up the size of the matrix).  compile: decode with the compiled step of
+    fast/step.py, after a prefill that unpacks the matrices of a quantized model by compiled code.
+    tokenizer: to find stop_strings in the text.
     """
     mask = infer_mask(input_ids, attention_mask, settings)                 # (B, T)
     total = settings.total_length(input_ids.size(1), model.config)
@@ -474,7 +475,8 @@ class Decoder:
         Rows that are left out are zeros.
         """
         if not self.cache.length:
-            with self.step.prompt() if self.step else contextlib.nullcontext():
+            reading = self.step.compiled_unpacking if self.step else contextlib.nullcontext
+            with reading():
                 return prefill(self.model, new, self.mask, self.position_ids, self.cache).float()
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         self.position_ids = self.position_ids[:, -1:] + 1
@@ -558,9 +560,10 @@ def generate(self, input_ids=None, attention_mask=None, *, generator=None, compi
     there.  settings: the fields of Settings, where each is explained.  eos_token_id: one id or
     several; with None no row ends.  Without max_length and max_new_tokens, 20 new tokens.
     generator: a torch.Generator to draw from, else torch's global one.  compile: decode with the
-    compiled step of fast/step.py, which takes some seconds to compile, once.  tokenizer: needed for
-    stop_strings.  generation_config: settings as a dict or as transformers' object; settings given
-    by name win over it.  inputs: another name of input_ids.
+    compiled step of fast/step.py, after a prefill that unpacks the matrices of a quantized model by
+    compiled code; each takes some seconds to compile, once.  tokenizer: needed for stop_strings.
+    generation_config: settings as a dict or as transformers' object; settings given by name win
+    over it.  inputs: another name of input_ids.
     Raises ValueError, before anything is computed, for settings that have no meaning or that this
     project does not have, ids outside the vocabulary, an empty prompt, and more positions than the
     model has; RuntimeError for compile=True without a C++ compiler.

@@ -26,11 +26,6 @@ def few_rows(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def whole(x):
-    """x itself, as a tensor that torch's compiler has to finish before it is read."""
-    return x.as_strided(x.shape, x.stride())
-
-
 def is_few(x):
     """Can few_rows take x?  It needs (B, 1, K), B <= 16, float32 on a CPU, and no gradient,
     autocast or tracing."""

@@ -19,6 +19,9 @@ before a matrix into the loop over the rows of the matrix, where it would be com
 every row.  Blocks of the same kind share a compilation.  Lengths are dynamic, and the slots of a
 KVCache never move, so there is one compilation for a partly and one for a completely filled cache.
 `generate` leaves one slot free, so that only the rings of local layers are ever completely filled.
+
+For the prompt only `unpack` of quantize.py is compiled: with many rows torch's own matrix product
+is fast.
 """
 
 import contextlib
@@ -31,8 +34,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.overrides import TorchFunctionMode
 
 from attention import at_least_float32
-from fast.linear import few_rows, whole
-from quantize import UNPACK, unpack
+from fast.linear import few_rows
+from quantize import UNPACKER, unpack, whole
 
 # ------------------------------------------------------------------------------------------------
 # The two functions
@@ -110,13 +113,14 @@ def head_forms(head, x):
 
 compiled_block, compiled_head = (torch.compile(f, fullgraph=True)          # all of it, or an error
                                  for f in (block_forms, head_forms))
-compiled_unpack = torch.compile(unpack, fullgraph=True, dynamic=True)
 # torch.compile compiles anew for every other model, dtype or batch size, and keeps 8 by default.
-# Here it keeps so many; when it needs one more, all of them are dropped.
+# Here it keeps so many; when a block or the head needs one more, all of theirs are dropped.
 MOST = 64
 TOO_MANY = torch._dynamo.exc.FailOnRecompileLimitHit
 # By default torch.compile ignores hooks that are added after the compilation.
 LOOK_FOR_HOOKS = {"skip_nnmodule_hook_guards": False}
+# For the prompt.  dynamic: one compilation for matrices of all sizes.
+compiled_unpack = torch.compile(unpack, fullgraph=True, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -141,18 +145,18 @@ class Step:
         self.everything = torch.ones(cache.batch_size, cache.max_length, dtype=torch.bool,
                                      device=model.device)
 
-    @staticmethod
+    @staticmethod                          # here, so that sampling.py reaches it without an import
     @contextlib.contextmanager
-    def prompt():
-        """A context for reading the prompt: only the unpacking of quantized matrices is compiled.
+    def compiled_unpacking():
+        """A context in which quantized matrices are unpacked by compiled code: for the prompt.
 
-        A prompt has many rows, for which torch's own matrix product is fast.
+        Nothing else is compiled there, because with many rows torch's own matrix product is fast.
         """
-        token = UNPACK.set(compiled_unpack)
+        before = UNPACKER.set(compiled_unpack)
         try:
             yield
         finally:
-            UNPACK.reset(token)
+            UNPACKER.reset(before)
 
     @torch.no_grad()
     def __call__(self, new, mask, position_ids):

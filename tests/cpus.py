@@ -23,7 +23,7 @@ FILES = ["equality", "base", "attention", "triton", "flash", "cache", "mistakes"
          "generate", "odd_weights", "diagnose"]
 # In these files, what a processor cannot change: refusals and messages, and how work is counted.
 LEFT_OUT = ["refused", "wrong_kind", "names", "without_triton", "import_that_fails", "interpreter_is_on", "visited",
-            "in_proportion", "no_compiler", "what_it_cannot_do", "settings_is_known"]
+            "in_proportion", "look_at_the_text", "stop_strings", "no_compiler", "what_it_cannot_do", "settings_is_known"]
 SETTINGS = [
     "ATEN_CPU_CAPABILITY=default", "ATEN_CPU_CAPABILITY=avx2",
     "OPENBLAS_CORETYPE=Haswell", "OPENBLAS_CORETYPE=SkylakeX",

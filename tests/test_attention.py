@@ -266,7 +266,7 @@ def test_odd_models_are_bit_equal(family, seeds, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("family", ["gpt_neo", "gpt_neox"])
-@pytest.mark.parametrize("hundred", range(3))
+@pytest.mark.parametrize("hundred", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_three_hundred_odd_models(hundred, family, dtype):
     check_odd_models(range(100 * hundred, 100 * hundred + 100), family, dtype)
 

@@ -142,7 +142,7 @@ def test_prefill_is_timed_for_all(tiny, capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["tiny-neo", "tiny-neox"])
+@pytest.mark.parametrize("model", ["tiny-neo", pytest.param("tiny-neox", marks=pytest.mark.long)])
 def test_decode_and_batch_are_timed_for_all(tiny, model, capsys):
     names = {"ours", "compiled", "transformers"}
     found = tiny("decode", "--model", model, "--rounds", "2", "--contexts", "16", "300",

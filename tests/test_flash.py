@@ -47,8 +47,8 @@ def per_token(tensors, key_mask, S):
         x * (key_mask if x.size(2) == S else key_mask[:, S - x.size(2):])[:, None, :, None] for x in tensors]
 
 
-@pytest.mark.parametrize("D", [D if D == 80 else pytest.param(D, marks=pytest.mark.slow)
-                               for D in WIDTHS])
+@pytest.mark.parametrize("D", [D if D == 80 else pytest.param(D, marks=pytest.mark.slow if i % 2 else pytest.mark.long)
+                               for i, D in enumerate(WIDTHS)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2e-3)], ids=str)
 def test_the_real_package_on_global_layers(dtype, bound, D):
     """Output and gradients against float64: T = S, T < S, one query; padding on either side."""

@@ -76,7 +76,7 @@ def loss(params, model, ids):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:, None], -1).mean()
 
 
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=[] if s < 1 else slow) for s in range(100)])
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=[] if s < 1 else slow if s < 40 else [slow, pytest.mark.long]) for s in range(100)])
 def test_gradients(seed):
     """jax.grad of the loss against torch's, each weight by itself."""
     case, model, mine = both(seed)

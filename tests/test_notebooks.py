@@ -476,9 +476,10 @@ def test_no_slider_is_forgotten():
 # ---- all cells, executed ----
 
 @pytest.mark.slow
-@notebooks
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (i % 3 > 0)) for i, name in enumerate(build.NAMES)])
 def test_runs_from_top_to_bottom(name):
-    """In at most 180 seconds of one core, whatever else runs on this machine."""
+    """In Jupyter, in at most 180 seconds of one core, whatever else runs.  Of three notebooks two are `long`, because
+    test_exercises runs all their cells too, without Jupyter."""
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])    # noqa: E731
     before = used()
     build.execute(build.read(name))
