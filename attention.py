@@ -189,7 +189,7 @@ def our_kernel_wins(q, k, v, dropout, upcast):
     """
     return (prefers_triton(q.is_cuda, q.dtype, upcast) and q.dtype == k.dtype == v.dtype
             and q.size(2) > 1 and q.size(3) <= 256 and not dropout
-            and not torch.compiler.is_compiling() and not within_transform())
+            and not is_traced() and not within_transform())
 
 
 def check_shapes(q, k, v, window, key_mask):
@@ -343,11 +343,11 @@ def fused(q, k, v, scale, window, key_mask, dropout):
             # be finite: for an empty row cuDNN's kernel makes every gradient of k and v NaN.
             allowed = allowed | ~allowed.any(-1, keepdim=True)
     options = dict(attn_mask=allowed, is_causal=allowed is None and square, scale=scale)
-    compiling, grads = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    if within_transform() and (compiling or grads):
+    traced, grads = is_traced(), torch.is_grad_enabled()
+    if within_transform() and (traced or grads):
         return in_plain_operations(q, k, v, dropout_p=dropout, **options)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
-    if compiling or dropout or not grads:
+    if traced or dropout or not grads:
         return y
     return DerivableTwice.apply(y, functools.partial(in_plain_operations, **options), q, k, v)
 
@@ -355,6 +355,16 @@ def fused(q, k, v, scale, window, key_mask, dropout):
 def one_graph():
     """Does torch.export trace this call?  Then one graph, without blocks, serves every length."""
     return getattr(torch.compiler, "is_exporting", bool)()                  # since torch 2.7
+
+
+def is_traced():
+    """Does torch.compile or torch.export trace this call?
+
+    torch.compiler.is_compiling() does not answer this: while one thread compiles, it is true in
+    all threads.
+    """
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since 2.7
+    return torch.compiler.is_dynamo_compiling() or exporting()
 
 
 def within_transform():
@@ -741,7 +751,7 @@ def triton_attention(q, k, v, *, scale, window=None, key_mask=None, dropout=0.0,
                          f"{q.device}; use 'sdpa', or set TRITON_INTERPRET=1 before Python starts "
                          "(slow)")
     check_tensors("triton", q, k, v, (torch.float32, torch.float16, torch.bfloat16))
-    if not torch.compiler.is_compiling() and within_transform():
+    if not is_traced() and within_transform():
         raise ValueError("attention backend 'triton' works neither within torch.func (grad, jvp, "
                          "vmap, ...) nor in forward mode; use 'sdpa' or 'naive'")
     if dropout:

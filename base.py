@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import at_least_float32, choose_backend
-from fast.linear import is_few, weight_first
+from attention import at_least_float32, choose_backend, is_traced
+from fast.linear import RUNNERS, is_few, weight_first
 from fast.slices import in_slices
 from files import shown
 from load_weights import load_pretrained, save_pretrained
@@ -149,7 +149,7 @@ def value_range(tensor, unknown):
     That is so on the meta device, under torch.func.vmap, and while torch.compile or torch.export
     traces the model.
     """
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if is_traced() or tensor.is_meta:
         return unknown
     try:
         return tensor.min().item(), tensor.max().item()
@@ -380,8 +380,10 @@ class PreTrainedModel(nn.Module):
     def run(self, part, x, **how):
         """Call a block or the output head, checkpointed or in a faster form where that applies.
 
-        fast/step.py replaces this method by a compiled form of it.
+        While fast/step.py computes a token, its compiled forms call them instead.
         """
+        if not is_traced() and self in (runners := RUNNERS.get()):
+            return runners[self](part, x, **how)
         if self.gradient_checkpointing and self.training and how.get("cache") is None:
             return checkpoint(functools.partial(part, **how), x, **self.gradient_checkpointing)
         if is_few(x) and not self.exact:

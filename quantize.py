@@ -33,6 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import is_traced
 from files import shown
 
 BITS = {"int8": 8, "int4": 4}
@@ -129,7 +130,7 @@ def dequantize(words, scale, zero, shape, kind, dtype=torch.float32, room=None):
     words, scale, zero = (x.view(blocks, G, -1, LANES).permute(1, 2, 0, 3)[:, :, None]
                           for x in (words, scale, zero))       # (G, W or 1, 1, N/16, 16)
     # Inside torch.compile the compiler makes one loop of `unpack` by itself.
-    unpacker = unpack if torch.compiler.is_compiling() else UNPACKER.get()
+    unpacker = unpack if is_traced() else UNPACKER.get()
     unpacker(words, scale, zero, w, kind)
     return w.flatten(3).flatten(0, 2)[:K, :N].T
 
@@ -233,7 +234,7 @@ class QuantizedLinear(nn.Module):
 
     @words.setter
     def words(self, words):
-        self.words_as_float32 = words.view(torch.float32)
+        self.words_as_float32 = words.to(torch.int32).view(torch.float32)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """A state has words as int32, so that files do not depend on how a layer holds them."""
@@ -242,11 +243,15 @@ class QuantizedLinear(nn.Module):
         destination[prefix + "words"] = words.view(torch.int32)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        """The inverse of _save_to_state_dict."""
+        """The inverse of _save_to_state_dict, also in what it finds wrong."""
         if prefix + "words" in state_dict:
-            words = state_dict.pop(prefix + "words").to(torch.int32)
-            state_dict[prefix + "words_as_float32"] = words.view(torch.float32)
+            words = state_dict.pop(prefix + "words")
+            if torch.is_tensor(words):
+                words = words.to(torch.int32).view(torch.float32)
+            state_dict[prefix + "words_as_float32"] = words
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        for wrong in rest[-3:]:                            # missing, unexpected, and messages
+            wrong[:] = [text.replace("words_as_float32", "words") for text in wrong]
 
     @classmethod
     def of(cls, linear, kind):
@@ -270,7 +275,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         """x (..., K) -> (..., N), in x's dtype: F.linear with the dequantized matrix."""
-        few = torch.compiler.is_compiling() and x.numel() <= FEW * x.size(-1)
+        few = is_traced() and x.numel() <= FEW * x.size(-1)
         if few and not torch.is_autocast_enabled(x.device.type):       # not known for meta
             parts = self.words_as_float32, self.scale, self.zero
             y = few_rows(x.reshape(-1, x.size(-1)), *parts, self.kind)
@@ -285,11 +290,11 @@ class QuantizedLinear(nn.Module):
         long to give new memory as it takes to unpack into it.  With gradients each slice has its
         own, because the backward pass reads all of them.
         """
-        compiling = torch.compiler.is_compiling()
-        step = self.out_features if compiling else rows_at_once(self.in_features, PRODUCT)
+        traced = is_traced()
+        step = self.out_features if traced else rows_at_once(self.in_features, PRODUCT)
         dtype = torch.float32 if x.device.type == "cpu" and x.dtype in SLOW else x.dtype
         room = None
-        if not compiling and not torch.is_grad_enabled():
+        if not traced and not torch.is_grad_enabled():
             numbers = self.words[:step // LANES].numel() * 32 // BITS[self.kind]
             room = self.words.new_empty(numbers, dtype=dtype)
         outputs = []

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import is_traced
 from base import PreTrainedModel, as_usual, check_tensor
 
 
@@ -188,7 +189,7 @@ def class_loss(logits, labels, shape):
     if labels.numel() * N != logits.numel():
         raise ValueError("labels must be one class id each of "
                          f"{shape} = {tuple(logits.shape[:-1])}, got shape {tuple(labels.shape)}")
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= N))]
         if len(wrong):
             raise ValueError(f"labels must be 0 to {N - 1}, or -100 to leave a token out; got "

@@ -7,10 +7,13 @@ computes is replaced, and only while a block or the output head runs.
 import contextlib
 import functools
 import threading
+from contextvars import ContextVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from attention import is_traced
 
 
 def few_rows(x, weight, bias=None):
@@ -31,7 +34,7 @@ def is_few(x):
     autocast or tracing."""
     return (x.dim() == 3 and x.size(1) == 1 and x.size(0) <= 16 and x.dtype == torch.float32
             and x.device.type == "cpu" and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())
+            and not torch.is_autocast_enabled("cpu") and not is_traced())
 
 
 def linear(layer, x):
@@ -44,6 +47,8 @@ def linear(layer, x):
     return F.linear(x, weight, layer.bias)
 
 
+# {model: what calls its parts} in the thread in which fast/step.py computes a token.
+RUNNERS = ContextVar("RUNNERS", default={})
 TORCHS_OWN = nn.Linear.forward, F.linear
 LOCK = threading.Lock()
 INSIDE = {}             # part: [how many threads are inside weight_first(part), its changed layers]

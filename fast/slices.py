@@ -6,6 +6,8 @@ import torch
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
+from attention import is_traced
+
 LARGE = 2**20            # with more numbers than this, x is computed in slices
 
 
@@ -22,7 +24,7 @@ def in_slices(numbers, on=None):
         @functools.wraps(function)
         def sliced(x, *others):
             whole = (x.numel() <= LARGE or on not in (None, x.device.type) or x.is_meta
-                     or torch.compiler.is_compiling() or within_functionalize())
+                     or is_traced() or within_functionalize())
             if whole:
                 return function(x, *others)
             width = x.size(-1)

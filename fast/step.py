@@ -34,7 +34,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.overrides import TorchFunctionMode
 
 from attention import at_least_float32
-from fast.linear import few_rows
+from fast.linear import RUNNERS, few_rows
 from quantize import UNPACKER, unpack, whole
 
 # ------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def head_forms(head, x):
 compiled_block, compiled_head = (torch.compile(f, fullgraph=True)          # all of it, or an error
                                  for f in (block_forms, head_forms))
 # torch.compile compiles anew for every other model, dtype or batch size, and keeps 8 by default.
-# Here it keeps so many; when a block or the head needs one more, all of theirs are dropped.
+# Here it keeps so many; when one more is needed, all of them are dropped.
 MOST = 64
 TOO_MANY = torch._dynamo.exc.FailOnRecompileLimitHit
 # By default torch.compile ignores hooks that are added after the compilation.
@@ -139,7 +139,6 @@ class Step:
         check_compiler(model.device)
         keep_code_apart()
         check_dropout(model)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST)
         self.model, self.cache = model, cache
         self.layers = {block: i for i, block in enumerate(model.transformer.blocks)}
         self.everything = torch.ones(cache.batch_size, cache.max_length, dtype=torch.bool,
@@ -152,9 +151,13 @@ class Step:
 
         Nothing else is compiled there, because with many rows torch's own matrix product is fast.
         """
-        before = UNPACKER.set(compiled_unpack)
+        def unpacker(*given):
+            with_room(lambda: compiled_unpack(*given), unpack)
+
+        before = UNPACKER.set(unpacker)
         try:
-            yield
+            with compiler_settings():
+                yield
         finally:
             UNPACKER.reset(before)
 
@@ -162,21 +165,13 @@ class Step:
     def __call__(self, new, mask, position_ids):
         """new (B, 1) ids, mask (B, length + 1), position_ids (B, 1) -> logits (B, V)."""
         self.places = {}
-        self.model.run, self.model.transformer.run = compiled_head, self.run_block
+        before = RUNNERS.set({self.model: compiled_head, self.model.transformer: self.run_block})
         try:
-            with torch._dynamo.config.patch(LOOK_FOR_HOOKS):
-                try:
-                    return self.logits(new, mask, position_ids)
-                except TOO_MANY:
-                    for forms in (block_forms, head_forms):
-                        torch._dynamo.eval_frame.remove_from_cache(forms)
-                    return self.logits(new, mask, position_ids)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RuntimeError("compile=True: torch.compile cannot take this model as it is "
-                               f"({reason}); leave compile out") from error
+            with compiler_settings():
+                return with_room(lambda: self.logits(new, mask, position_ids),
+                                 block_forms, head_forms)
         finally:
-            del self.model.run, self.model.transformer.run
+            RUNNERS.reset(before)
 
     def logits(self, new, mask, position_ids):
         """The model's own forward pass.  Until its end the cache counts no new token."""
@@ -184,7 +179,7 @@ class Step:
         return out.logits[:, -1]
 
     def run_block(self, block, x, *, cache, key_mask, backend, return_weights, **how):
-        """In place of PreTrainedModel.run: the same with the compiled block."""
+        """What PreTrainedModel.run calls instead: the same with the compiled block."""
         layer = self.layers[block]
         keys, values = cache.keys[layer], cache.values[layer]
         n = keys.size(2)
@@ -207,6 +202,30 @@ class Step:
         seen = seen.contiguous()
         torch._dynamo.maybe_mark_dynamic(seen, 1)
         return slot, seen
+
+
+def compiler_settings():
+    """A context with the settings of torch's compiler; each thread has its own."""
+    most = max(torch._dynamo.config.recompile_limit, MOST)
+    return torch._dynamo.config.patch(recompile_limit=most, **LOOK_FOR_HOOKS)
+
+
+def with_room(compute, *forms):
+    """compute(), which calls what is compiled of `forms`; their compilations may be dropped first.
+
+    Raises RuntimeError if torch.compile does not support what is computed.
+    """
+    try:
+        try:
+            return compute()
+        except TOO_MANY:
+            for form in forms:
+                torch._dynamo.eval_frame.remove_from_cache(form)
+            return compute()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError("compile=True: torch.compile cannot take this model as it is "
+                           f"({reason}); leave compile out") from error
 
 
 def check_dropout(model):

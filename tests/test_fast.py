@@ -471,6 +471,44 @@ def test_more_compilations_than_torch_keeps(traced, monkeypatch):
                 assert relative(step_logits(model, True), step_logits(model, False)) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_another_thread_computes_as_always_while_one_decodes(family, monkeypatch):
+    """The same model, in the middle of a compiled step: neither its compiled forms nor its cache are used."""
+    model, found = model_of(family, torch.float32), []
+    with torch.no_grad():
+        expected = model(IDS).logits
+
+    def beside():
+        with torch.no_grad():
+            found.append(model(IDS).logits)
+
+    def block(*given):
+        thread = Thread(target=beside)
+        thread.start()
+        thread.join()
+        return step.block_forms(*given)
+
+    monkeypatch.setattr(step, "compiled_block", block)
+    monkeypatch.setattr(step, "compiled_head", step.head_forms)
+    assert relative(step_logits(model, True), step_logits(model, False)) < 1e-5
+    assert len(found) == len(model.transformer.blocks) and all(torch.equal(logits, expected) for logits in found)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_what_another_thread_compiles_changes_no_bit(family, monkeypatch):
+    """torch.compiler.is_compiling() is then true in this thread too."""
+    model = model_of(family, torch.float32)
+    before = step_logits(model, False), *torch.autograd.grad(model(IDS, labels=IDS).loss, [model.lm_head.weight])
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    after = step_logits(model, False), *torch.autograd.grad(model(IDS, labels=IDS).loss, [model.lm_head.weight])
+    assert all(map(torch.equal, before, after))
+    with monkeypatch.context() as patch:                   # few_rows is used all the same
+        patch.setattr(linear, "few_rows", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step_logits(model, False)
+
+
 def check_that_a_hook_acts_until_it_is_removed():
     model = model_of("gpt_neox", torch.float32)
     before = step_logits(model, True)

@@ -1,5 +1,6 @@
 """generate: the reference's tokens, one for one, and a command line that behaves."""
 
+import contextlib
 import copy
 import inspect
 import io
@@ -434,8 +435,13 @@ TOGETHER = dict(do_sample=True, max_new_tokens=30, min_p=0.02, no_repeat_ngram_s
 
 def test_the_compiled_step_sees_the_same_settings(pair, monkeypatch):
     """The loop around it, with a step that is not compiled in its place: ended rows stay in."""
-    monkeypatch.setattr(G, "compiled_step", lambda model, cache: lambda new, mask, position_ids: model(
-        new, mask, position_ids, cache=cache, logits_to_keep=1).logits[:, -1])
+    def in_its_place(model, cache):
+        def step(new, mask, position_ids):
+            return model(new, mask, position_ids, cache=cache, logits_to_keep=1).logits[:, -1]
+        step.compiled_unpacking = contextlib.nullcontext
+        return step
+
+    monkeypatch.setattr(G, "compiled_step", in_its_place)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plain, compiled = (pair[1].generate(IDS, mask, compile=compile, generator=torch.Generator().manual_seed(1), **TOGETHER)
                        for compile in (False, True))

@@ -276,8 +276,12 @@ def test_a_state_has_integers_and_takes_them(kind):
         assert not torch.equal(other.words, words)
         other.load_state_dict(state, **how)
         assert torch.equal(other.words, words) and torch.equal(copy.deepcopy(other).half().double().words, words)
-        with pytest.raises(RuntimeError, match="words"):
-            other.load_state_dict({"words": words[:1], "scale": layer.scale, "zero": layer.zero}, **how)
+        for wrong in ({"words": words[:1]}, {"words": None}, {}):
+            with pytest.raises(RuntimeError, match=r"\bwords\b") as raised:
+                other.load_state_dict({"scale": layer.scale, "zero": layer.zero, **wrong}, **how)
+            assert "as_float32" not in str(raised.value)
+        other.load_state_dict({**state, "words": words.long()}, **how)
+        assert torch.equal(other.words, words)
     assert torch.equal(pickle.loads(pickle.dumps(layer)).words, words)
 
 
@@ -306,6 +310,32 @@ def test_only_a_prompt_with_compile_is_unpacked_by_it(family, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         model.generate(IDS, max_new_tokens=1, compile=True)
     assert quantize.UNPACKER.get() is quantize.unpack_in_tiles
+
+
+def test_more_compilations_than_torch_keeps(monkeypatch):
+    """A prompt then drops those before, and an error of the compiler is one line."""
+    import fast.step
+    torch._dynamo.reset()
+    monkeypatch.setattr(fast.step, "MOST", 1)
+    monkeypatch.setattr(fast.step, "compiled_unpack", torch.compile(quantize.unpack, fullgraph=True, dynamic=True, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            layer = random_words("int4", 33, 128)
+            with fast.step.Step.compiled_unpacking():
+                found = layer.dequantize(dtype)
+            assert torch.equal(found, layer.dequantize(dtype))
+    monkeypatch.setattr(fast.step, "compiled_unpack", torch.compile(lambda *given: breakpoint(), fullgraph=True))
+    with fast.step.Step.compiled_unpacking(), pytest.raises(RuntimeError, match="compile=True: torch.compile cannot take"):
+        layer.dequantize()
+
+
+def test_while_another_thread_compiles_nothing_changes(monkeypatch):
+    """torch.compiler.is_compiling() is then true in this thread too."""
+    layer, x = random_words("int4", 33, 128), torch.randn(1, 128, generator=torch.Generator().manual_seed(0))
+    expected = layer(x)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    monkeypatch.setattr(quantize, "few_rows", None)
+    assert torch.compiler.is_compiling() and torch.equal(layer(x), expected)
 
 
 @KINDS
