@@ -216,7 +216,7 @@ class QuantizedLinear(nn.Module):
 
     The buffer words_as_float32 has the bits of the words under another dtype; `words` shows them as
     int32.  The reason is AVX2: there the code that torch's compiler makes copies int32 to the stack
-    before it loads them, and a product takes 3 to 5 times as long (`benchmark.py ceilings`; in
+    before it loads them, and a product takes 2 to 4 times as long (`benchmark.py ceilings`; in
     torch 2.13, Vectorized<int32_t>::loadu(ptr, count) in ATen/cpu/vec/vec256/vec256_int.h).
     """
 
