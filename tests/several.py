@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from conftest import ROOT
+from processes import join_processes
 
 FORKS = multiprocessing.get_context("forkserver")
 
@@ -65,7 +65,7 @@ def child(function, args, env, folder, connect):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
     if connect:
-        dist.init_process_group("gloo")
+        join_processes()
     try:
         status = function(*args)
     except Exception:

@@ -71,6 +71,29 @@ def test_four_processes_have_the_whole_models_numbers(folder):
     in_several(same_as_whole, 4, folder, list(CONFIGS))
 
 
+def on_gpus(folder):
+    """The same sums by NCCL, each process on its own GPU; integers too."""
+    torch.cuda.set_device(dist.get_rank())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ids, mask = IDS.cuda(), MASK.cuda()
+    for name in CONFIGS:
+        whole, part = (AutoModelForCausalLM.from_pretrained(folder / name, **how).cuda()
+                       for how in ({}, dict(tp_plan="auto")))
+        with torch.no_grad():
+            assert relative(part(ids, mask).logits.cpu(), whole(ids, mask).logits.cpu()) < 1e-5, name
+        written = [model.generate(ids, mask, max_new_tokens=20, eos_token_id=None, do_sample=False) for model in (part, whole)]
+        assert torch.equal(*written), name
+    part = AutoModelForCausalLM.from_pretrained(folder / "neox", weights="int8", tp_plan="auto").cuda()
+    with torch.no_grad():
+        assert relative(part(ids).logits.cpu(), AutoModelForCausalLM.from_pretrained(folder / "neox")(IDS).logits) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_have_the_whole_models_numbers(folder):
+    in_several(on_gpus, 2, folder)
+
+
 def compiled(folder, names):
     return same_as_whole(folder, names, compile=True)
 
