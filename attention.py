@@ -361,7 +361,7 @@ def is_traced():
     """Does torch.compile or torch.export trace this call?
 
     torch.compiler.is_compiling() does not answer this: while one thread compiles, it is true in
-    all threads.
+    all threads.  is_exporting() is so too; do not generate in one thread while another exports.
     """
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since 2.7
     return torch.compiler.is_dynamo_compiling() or exporting()

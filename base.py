@@ -380,7 +380,7 @@ class PreTrainedModel(nn.Module):
     def run(self, part, x, **how):
         """Call a block or the output head, checkpointed or in a faster form where that applies.
 
-        While fast/step.py computes a token, its compiled forms call them instead.
+        While fast/step.py computes a token in this thread, RUNNERS has what calls it, compiled.
         """
         if not is_traced() and self in (runners := RUNNERS.get()):
             return runners[self](part, x, **how)

@@ -22,8 +22,8 @@ the head reads all its rows and the embedding only one.  Biases, LayerNorms and 
 also stay as they are.
 
 `quantize` and `dequantize` say what the integers mean, and QuantizedLinear.definition is a linear
-layer made of them.  For up to 4 rows of x, `few_rows` computes the same without unpacking the
-matrix.  A prompt has more: with compile=True its matrices are unpacked by compiled code.
+layer made of them.  Inside torch.compile, `few_rows` computes the same for up to 4 rows of x
+without unpacking the matrix.  While compile=True reads a prompt, compiled code unpacks it.
 """
 
 from contextvars import ContextVar

@@ -561,7 +561,7 @@ def generate(self, input_ids=None, attention_mask=None, *, generator=None, compi
     several; with None no row ends.  Without max_length and max_new_tokens, 20 new tokens.
     generator: a torch.Generator to draw from, else torch's global one.  compile: decode with the
     compiled step of fast/step.py, after a prefill that unpacks the matrices of a quantized model by
-    compiled code; each takes some seconds to compile, once.  tokenizer: needed for stop_strings.
+    compiled code; both take some seconds to compile, once.  tokenizer: needed for stop_strings.
     generation_config: settings as a dict or as transformers' object; settings given by name win
     over it.  inputs: another name of input_ids.
     Raises ValueError, before anything is computed, for settings that have no meaning or that this

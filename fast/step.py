@@ -116,7 +116,10 @@ compiled_block, compiled_head = (torch.compile(f, fullgraph=True)          # all
 # torch.compile compiles anew for every other model, dtype or batch size, and keeps 8 by default.
 # Here it keeps so many; when one more is needed, all of them are dropped.
 MOST = 64
-TOO_MANY = torch._dynamo.exc.FailOnRecompileLimitHit
+LIMIT, TOO_MANY = "recompile_limit", "FailOnRecompileLimitHit"
+if not hasattr(torch._dynamo.config, LIMIT):               # their names in torch 2.6
+    LIMIT, TOO_MANY = "cache_size_limit", "FailOnCacheLimitHit"
+TOO_MANY = getattr(torch._dynamo.exc, TOO_MANY)
 # By default torch.compile ignores hooks that are added after the compilation.
 LOOK_FOR_HOOKS = {"skip_nnmodule_hook_guards": False}
 # For the prompt.  dynamic: one compilation for matrices of all sizes.
@@ -132,14 +135,14 @@ class Step:
 
     Make one for each text; the compiled code is kept for the whole process, and on disk by torch.
     Raises RuntimeError if a model on a CPU finds no C++ compiler, if dropout is on, and, at the
-    first token, if torch.compile does not support a part of the model.
+    first token, if torch.compile does not support a part of the model or has the whole of it.
     """
 
     def __init__(self, model, cache):
         check_compiler(model.device)
         keep_code_apart()
         check_dropout(model)
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.settings = model, cache, compiler_settings()
         self.layers = {block: i for i, block in enumerate(model.transformer.blocks)}
         self.everything = torch.ones(cache.batch_size, cache.max_length, dtype=torch.bool,
                                      device=model.device)
@@ -152,7 +155,7 @@ class Step:
         Nothing else is compiled there, because with many rows torch's own matrix product is fast.
         """
         def unpacker(*given):
-            with_room(lambda: compiled_unpack(*given), unpack)
+            or_drop_and_retry(lambda: compiled_unpack(*given), unpack)
 
         before = UNPACKER.set(unpacker)
         try:
@@ -167,11 +170,15 @@ class Step:
         self.places = {}
         before = RUNNERS.set({self.model: compiled_head, self.model.transformer: self.run_block})
         try:
-            with compiler_settings():
-                return with_room(lambda: self.logits(new, mask, position_ids),
-                                 block_forms, head_forms)
+            with self.settings:
+                logits = or_drop_and_retry(lambda: self.logits(new, mask, position_ids),
+                                           block_forms, head_forms)
         finally:
             RUNNERS.reset(before)
+        if not self.places:                                # no block was called by run_block
+            raise RuntimeError("compile=True: torch.compile already compiles this model as a "
+                               "whole; leave compile out")
+        return logits
 
     def logits(self, new, mask, position_ids):
         """The model's own forward pass.  Until its end the cache counts no new token."""
@@ -205,22 +212,26 @@ class Step:
 
 
 def compiler_settings():
-    """A context with the settings of torch's compiler; each thread has its own."""
-    most = max(torch._dynamo.config.recompile_limit, MOST)
-    return torch._dynamo.config.patch(recompile_limit=most, **LOOK_FOR_HOOKS)
+    """A context with our settings of torch's compiler.
+
+    A Step makes it once and enters it for each token: in torch 2.13 each one takes memory for ever.
+    """
+    most = max(getattr(torch._dynamo.config, LIMIT), MOST)
+    return torch._dynamo.config.patch({LIMIT: most, **LOOK_FOR_HOOKS})
 
 
-def with_room(compute, *forms):
-    """compute(), which calls what is compiled of `forms`; their compilations may be dropped first.
+def or_drop_and_retry(compute, *functions):
+    """The result of compute().
 
-    Raises RuntimeError if torch.compile does not support what is computed.
+    If torch keeps no more compilations of `functions`, all of them are dropped, and it is computed
+    again.  Raises RuntimeError if torch.compile does not support what is computed.
     """
     try:
         try:
             return compute()
         except TOO_MANY:
-            for form in forms:
-                torch._dynamo.eval_frame.remove_from_cache(form)
+            for function in functions:
+                torch._dynamo.eval_frame.remove_from_cache(function)
             return compute()
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]

@@ -461,6 +461,14 @@ def test_compiled_decoding_calls_what_stands_in_the_model(change, traced):
     assert relative(step_logits(model, True), expected) < 1e-5
 
 
+def test_a_model_that_is_compiled_as_a_whole_is_refused():
+    """Its blocks are then never called one by one, so the compiled step would be passed over."""
+    model = model_of("gpt_neox", torch.float32)
+    model.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="already compiles this model as a whole"):
+        step_logits(model, True)
+
+
 def test_more_compilations_than_torch_keeps(traced, monkeypatch):
     """Many models in one process: those before are dropped, and nothing is refused."""
     monkeypatch.setattr(step, "MOST", 2)
