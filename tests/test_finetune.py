@@ -178,7 +178,9 @@ def test_two_processes_killed_interrupted_and_resumed(folder, tmp_path, task):
         return torchrun(*command(folder, out, task, *more, init="neox-0.1"))
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert start(whole).wait(timeout=300) == 0
+    process = start(whole)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     process = start(parts)
     wait_for_lines(parts, 15, lambda: process.poll() is None)
     random.Random(task).choice(psutil.Process(process.pid).children()).kill()
